@@ -1,0 +1,11 @@
+"""RegNet (arXiv 2101.00590) for timm: ResNets whose blocks share a convolutional RNN along depth.
+
+Importing this package registers its models with timm.
+"""
+
+from . import regnet_rnn
+from .regnet_rnn import *  # noqa: F403
+from .warm_start import from_resnet
+
+__all__ = ['from_resnet', *regnet_rnn.__all__]
+__version__ = '0.1.0'

@@ -1,0 +1,654 @@
+"""Entrypoints and pretrained configurations: what timm's registry sees of this package."""
+
+from argparse import Namespace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Dict, Union
+from zipfile import is_zipfile
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model_pretrained, register_model
+from timm.models._builder import resolve_pretrained_cfg
+from timm.models._registry import get_pretrained_cfg
+
+from .conv_rnn import CELLS
+from .regulated_resnet import RegulatedResNet, link_stem
+from .warm_start import checkpoint_filter_fn
+
+__all__ = []  # register_model adds each entrypoint
+
+CIFAR_DEPTHS = (20, 32, 44, 56, 110)
+IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
+WEIGHTS_DIR = Path(__file__).parent / 'weights'
+# Measured with timm's validate.py from the stored file, never from the run that made it.
+EMBEDDED = {
+    'regnet_convlstm_20.cifar10_jpeg75': dict(
+        dataset='CIFAR-10, JPEG q75 mirror',
+        top1=85.26,
+        top5=99.25,
+        recipe='train_recipes/cifar_short.yaml',
+        epochs=15,
+        seed=42,
+        sha256='57f44f731c182c14161797566a37e9b13c301f3a5675f8f88ab5ea687640084d',
+    ),
+}
+CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+
+
+def _check_file(path: Union[str, Path]) -> None:
+    """Refuse a weights file that is missing, not whole, or holds more than weights, before a model is built for it.
+
+    timm up to 1.0.20 unpickles such a file without restriction; one that passes here holds nothing that could run.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no weights file {str(path)!r}.')
+    if str(path).endswith('.safetensors'):
+        try:
+            with safe_open(path, framework='pt'):
+                return
+        except SafetensorError as e:
+            raise ValueError(f'{str(path)!r} is truncated or not a safetensors file ({e}); fetch it again.') from None
+    if not is_zipfile(path):
+        raise ValueError(f'{str(path)!r} is neither a .safetensors file nor a PyTorch checkpoint, or it is truncated.')
+    try:
+        with torch.serialization.safe_globals([Namespace]):  # train.py's arguments
+            torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+    except (UnpicklingError, RuntimeError):
+        raise ValueError(
+            f'{str(path)!r} is broken or holds Python objects besides weights; it is not loaded.'
+        ) from None
+
+
+def _create_regnet(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        if cfg.file and not cfg.source:  # with a source, `file` is a folder
+            _check_file(cfg.file)
+    model = build_model_with_cfg(
+        RegulatedResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
+    )
+    if not isinstance(model, RegulatedResNet) and hasattr(model, 'conv1'):
+        link_stem(model)  # features_only took the net apart
+    return model
+
+
+def _create_cifar(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    cifar_args = dict(block='basic', stem_type='cifar', channels=(16, 32, 64))
+    return _create_regnet(variant, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), **dict(cifar_args, **kwargs))
+
+
+def _create_imagenet(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    return _create_regnet(variant, pretrained, **kwargs)
+
+
+def _cfg(**kwargs) -> Dict[str, Any]:
+    return (
+        dict(
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            pool_size=(7, 7),
+            crop_pct=0.875,
+            interpolation='bicubic',
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            first_conv='conv1',
+            classifier='fc',
+            license='apache-2.0',
+            paper_ids='arXiv:2101.00590',
+            paper_name='RegNet: Self-Regulated Network for Image Classification',
+        )
+        | kwargs
+    )
+
+
+def _cifar_cfg(**kwargs) -> Dict[str, Any]:
+    return (
+        _cfg(
+            num_classes=10,
+            input_size=(3, 32, 32),
+            pool_size=(8, 8),
+            crop_pct=1.0,
+            label_names=CIFAR10_LABELS,
+            mean=(0.4914, 0.4822, 0.4465),
+            std=(0.2470, 0.2435, 0.2616),
+        )
+        | kwargs
+    )
+
+
+def _warm_cfg(source: str) -> Dict[str, Any]:
+    """Configuration of a warm start: the weights and the data settings of a timm ResNet."""
+    cfg = get_pretrained_cfg(source, allow_unregistered=False).to_dict()
+    cfg.update(
+        paper_ids=('arXiv:2101.00590', 'arXiv:2110.00476'),
+        description=(
+            f"timm's {source} weights and an untrained regulator behind a fuse convolution that starts as the "
+            "identity: computes the ResNet's function until you fine-tune it."
+        ),
+    )
+    return _cfg(**{k: v for k, v in cfg.items() if k not in ('url', 'architecture', 'tag')})
+
+
+def _embedded_cfg(name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
+    """Configuration of weights inside the package, with what was measured from the stored file."""
+    return _cifar_cfg(
+        file=str(WEIGHTS_DIR / f'{name}.safetensors'),
+        description=(
+            f'{entry["dataset"]}: top-1 {entry["top1"]:.2f} %, top-5 {entry["top5"]:.2f} % on its 10,000 test images; '
+            f'{entry["recipe"]}, seed {entry["seed"]}, last of {entry["epochs"]} epochs.'
+        ),
+        notes=tuple(f'{key}: {value}' for key, value in entry.items()),
+    )
+
+
+def _default_cfgs() -> Dict[str, Dict[str, Any]]:
+    """Every model's configurations, those with weights by tag."""
+    cfgs = {name: _embedded_cfg(name, entry) for name, entry in EMBEDDED.items()}
+    for se in ('', 'se'):
+        for prefix in (f'cifar_{se}resnet', *(f'{se}regnet_{cell}' for cell in CELLS)):
+            names = (f'{prefix}_{depth}' for depth in CIFAR_DEPTHS)
+            cfgs.update({name: _cifar_cfg() for name in names if not any(k.startswith(f'{name}.') for k in cfgs)})
+        for prefix in (f'{se}regnet_{cell}' for cell in CELLS):
+            for depth in IMAGENET_DEPTHS:
+                source = f'{se}resnet{depth}.a1_in1k'
+                if is_model_pretrained(source):
+                    cfgs[f'{prefix}_{depth}.{source.replace(".", "_")}'] = _warm_cfg(source)
+                else:
+                    cfgs[f'{prefix}_{depth}'] = _cfg()
+    return cfgs
+
+
+default_cfgs = generate_default_cfgs(_default_cfgs())
+
+
+@register_model
+def cifar_resnet_20(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """ResNet-20 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(3, 3, 3), regulator=None)
+    return _create_cifar('cifar_resnet_20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_resnet_32(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """ResNet-32 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(5, 5, 5), regulator=None)
+    return _create_cifar('cifar_resnet_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_resnet_44(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """ResNet-44 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(7, 7, 7), regulator=None)
+    return _create_cifar('cifar_resnet_44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_resnet_56(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """ResNet-56 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(9, 9, 9), regulator=None)
+    return _create_cifar('cifar_resnet_56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_resnet_110(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """ResNet-110 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(18, 18, 18), regulator=None)
+    return _create_cifar('cifar_resnet_110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_seresnet_20(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-ResNet-20 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(3, 3, 3), regulator=None, block_args=dict(attn_layer='se'))
+    return _create_cifar('cifar_seresnet_20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_seresnet_32(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-ResNet-32 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(5, 5, 5), regulator=None, block_args=dict(attn_layer='se'))
+    return _create_cifar('cifar_seresnet_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_seresnet_44(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-ResNet-44 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(7, 7, 7), regulator=None, block_args=dict(attn_layer='se'))
+    return _create_cifar('cifar_seresnet_44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_seresnet_56(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-ResNet-56 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(9, 9, 9), regulator=None, block_args=dict(attn_layer='se'))
+    return _create_cifar('cifar_seresnet_56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cifar_seresnet_110(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-ResNet-110 for 32x32 images, without a regulator."""
+    model_args = dict(layers=(18, 18, 18), regulator=None, block_args=dict(attn_layer='se'))
+    return _create_cifar('cifar_seresnet_110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_20(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-20 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(3, 3, 3), regulator='convrnn')
+    return _create_cifar('regnet_convrnn_20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_32(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-32 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(5, 5, 5), regulator='convrnn')
+    return _create_cifar('regnet_convrnn_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_44(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-44 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(7, 7, 7), regulator='convrnn')
+    return _create_cifar('regnet_convrnn_44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_56(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-56 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(9, 9, 9), regulator='convrnn')
+    return _create_cifar('regnet_convrnn_56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_110(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-110 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(18, 18, 18), regulator='convrnn')
+    return _create_cifar('regnet_convrnn_110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_18(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-18 with ConvRNN regulators."""
+    model_args = dict(block='basic', layers=(2, 2, 2, 2), regulator='convrnn')
+    return _create_imagenet('regnet_convrnn_18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_34(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-34 with ConvRNN regulators."""
+    model_args = dict(block='basic', layers=(3, 4, 6, 3), regulator='convrnn')
+    return _create_imagenet('regnet_convrnn_34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_50(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-50 with ConvRNN regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 6, 3), regulator='convrnn')
+    return _create_imagenet('regnet_convrnn_50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_101(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-101 with ConvRNN regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 23, 3), regulator='convrnn')
+    return _create_imagenet('regnet_convrnn_101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convrnn_152(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-152 with ConvRNN regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 8, 36, 3), regulator='convrnn')
+    return _create_imagenet('regnet_convrnn_152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_20(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-20 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(3, 3, 3), regulator='convgru')
+    return _create_cifar('regnet_convgru_20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_32(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-32 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(5, 5, 5), regulator='convgru')
+    return _create_cifar('regnet_convgru_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_44(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-44 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(7, 7, 7), regulator='convgru')
+    return _create_cifar('regnet_convgru_44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_56(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-56 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(9, 9, 9), regulator='convgru')
+    return _create_cifar('regnet_convgru_56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_110(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-110 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(18, 18, 18), regulator='convgru')
+    return _create_cifar('regnet_convgru_110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_18(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-18 with ConvGRU regulators."""
+    model_args = dict(block='basic', layers=(2, 2, 2, 2), regulator='convgru')
+    return _create_imagenet('regnet_convgru_18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_34(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-34 with ConvGRU regulators."""
+    model_args = dict(block='basic', layers=(3, 4, 6, 3), regulator='convgru')
+    return _create_imagenet('regnet_convgru_34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_50(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-50 with ConvGRU regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 6, 3), regulator='convgru')
+    return _create_imagenet('regnet_convgru_50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_101(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-101 with ConvGRU regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 23, 3), regulator='convgru')
+    return _create_imagenet('regnet_convgru_101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convgru_152(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-152 with ConvGRU regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 8, 36, 3), regulator='convgru')
+    return _create_imagenet('regnet_convgru_152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_20(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-20 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(3, 3, 3), regulator='convlstm')
+    return _create_cifar('regnet_convlstm_20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_32(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-32 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(5, 5, 5), regulator='convlstm')
+    return _create_cifar('regnet_convlstm_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_44(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-44 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(7, 7, 7), regulator='convlstm')
+    return _create_cifar('regnet_convlstm_44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_56(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-56 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(9, 9, 9), regulator='convlstm')
+    return _create_cifar('regnet_convlstm_56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_110(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-110 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(18, 18, 18), regulator='convlstm')
+    return _create_cifar('regnet_convlstm_110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_18(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-18 with ConvLSTM regulators."""
+    model_args = dict(block='basic', layers=(2, 2, 2, 2), regulator='convlstm')
+    return _create_imagenet('regnet_convlstm_18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_34(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-34 with ConvLSTM regulators."""
+    model_args = dict(block='basic', layers=(3, 4, 6, 3), regulator='convlstm')
+    return _create_imagenet('regnet_convlstm_34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_50(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-50 with ConvLSTM regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 6, 3), regulator='convlstm')
+    return _create_imagenet('regnet_convlstm_50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_101(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-101 with ConvLSTM regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 23, 3), regulator='convlstm')
+    return _create_imagenet('regnet_convlstm_101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def regnet_convlstm_152(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """RegNet-152 with ConvLSTM regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 8, 36, 3), regulator='convlstm')
+    return _create_imagenet('regnet_convlstm_152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_20(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-20 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(3, 3, 3), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convrnn_20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_32(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-32 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(5, 5, 5), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convrnn_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_44(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-44 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(7, 7, 7), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convrnn_44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_56(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-56 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(9, 9, 9), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convrnn_56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_110(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-110 with ConvRNN regulators, for 32x32 images."""
+    model_args = dict(layers=(18, 18, 18), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convrnn_110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_18(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-18 with ConvRNN regulators."""
+    model_args = dict(block='basic', layers=(2, 2, 2, 2), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convrnn_18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_34(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-34 with ConvRNN regulators."""
+    model_args = dict(block='basic', layers=(3, 4, 6, 3), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convrnn_34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_50(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-50 with ConvRNN regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 6, 3), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convrnn_50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_101(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-101 with ConvRNN regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 23, 3), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convrnn_101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convrnn_152(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-152 with ConvRNN regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 8, 36, 3), regulator='convrnn', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convrnn_152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_20(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-20 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(3, 3, 3), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convgru_20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_32(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-32 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(5, 5, 5), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convgru_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_44(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-44 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(7, 7, 7), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convgru_44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_56(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-56 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(9, 9, 9), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convgru_56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_110(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-110 with ConvGRU regulators, for 32x32 images."""
+    model_args = dict(layers=(18, 18, 18), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convgru_110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_18(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-18 with ConvGRU regulators."""
+    model_args = dict(block='basic', layers=(2, 2, 2, 2), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convgru_18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_34(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-34 with ConvGRU regulators."""
+    model_args = dict(block='basic', layers=(3, 4, 6, 3), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convgru_34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_50(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-50 with ConvGRU regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 6, 3), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convgru_50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_101(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-101 with ConvGRU regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 23, 3), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convgru_101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convgru_152(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-152 with ConvGRU regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 8, 36, 3), regulator='convgru', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convgru_152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_20(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-20 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(3, 3, 3), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convlstm_20', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_32(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-32 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(5, 5, 5), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convlstm_32', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_44(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-44 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(7, 7, 7), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convlstm_44', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_56(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-56 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(9, 9, 9), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convlstm_56', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_110(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-110 with ConvLSTM regulators, for 32x32 images."""
+    model_args = dict(layers=(18, 18, 18), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_cifar('seregnet_convlstm_110', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_18(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-18 with ConvLSTM regulators."""
+    model_args = dict(block='basic', layers=(2, 2, 2, 2), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convlstm_18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_34(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-34 with ConvLSTM regulators."""
+    model_args = dict(block='basic', layers=(3, 4, 6, 3), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convlstm_34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_50(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-50 with ConvLSTM regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 6, 3), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convlstm_50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_101(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-101 with ConvLSTM regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 4, 23, 3), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convlstm_101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def seregnet_convlstm_152(pretrained: bool = False, **kwargs) -> RegulatedResNet:
+    """SE-RegNet-152 with ConvLSTM regulators."""
+    model_args = dict(block='bottleneck', layers=(3, 8, 36, 3), regulator='convlstm', block_args=dict(attn_layer='se'))
+    return _create_imagenet('seregnet_convlstm_152', pretrained, **dict(model_args, **kwargs))
