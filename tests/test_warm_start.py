@@ -1,0 +1,236 @@
+import http.server
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import timm
+import torch
+from conftest import randomize, scaled_error
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional as F
+
+from timm_regnet_rnn import from_resnet
+from timm_regnet_rnn.warm_start import checkpoint_filter_fn, rectified_gaussian_moments
+
+RESNETS = ['resnet18', 'resnet50', 'resnet101d', 'resnext50_32x4d', 'wide_resnet50_2', 'seresnet50']
+
+
+@pytest.mark.parametrize('name', RESNETS)
+def test_same_logits_and_gradients_by_the_second_step(name):
+    resnet = randomize(timm.create_model(name)).eval()
+    model = from_resnet(resnet)
+    assert not model.training
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad():
+        assert scaled_error(model(x), resnet(x)) < 1e-5
+
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    target = torch.arange(4)
+    for _ in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target).backward()
+        optimizer.step()
+    regulator = {n: p.grad for n, p in model.named_parameters() if '.regulator.' in n or '.bn_h.' in n}
+    assert len(regulator) == 4 * 3 + 2 * sum(len(getattr(resnet, f'layer{i}')) for i in (1, 2, 3, 4))
+    assert not [n for n, g in regulator.items() if not g.abs().sum() > 0]
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'resnet10t',
+        'resnet26t',
+        'seresnext26d_32x4d',
+        'resnetaa50',
+        'resnetblur18',
+        'ecaresnet26t',
+        'resnet50s',
+        'resnetrs50',
+        'resnet34d',
+    ],
+)
+def test_other_variants_of_timms_class(name):
+    resnet = randomize(timm.create_model(name)).eval()
+    x = torch.randn(1, 3, 65, 65)
+    with torch.no_grad():
+        assert scaled_error(from_resnet(resnet, 'convrnn')(x), resnet(x)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    'kwargs',
+    [
+        dict(num_classes=7),
+        dict(in_chans=1),
+        dict(global_pool='max'),
+        dict(output_stride=8),
+        dict(num_classes=0),
+        dict(act_layer='relu', drop_path_rate=0.1),
+    ],
+)
+@pytest.mark.parametrize('regulator', ['convrnn', 'convgru'])
+def test_adapted_resnets(kwargs, regulator):
+    resnet = randomize(timm.create_model('resnet26', **kwargs)).eval()
+    model = from_resnet(resnet, regulator, regulated_stages=(1, 3))
+    x = torch.randn(1, kwargs.get('in_chans', 3), 64, 64)
+    with torch.no_grad():
+        assert scaled_error(model(x), resnet(x)) < 1e-5
+    assert not any(k.startswith('layer2.regulator') for k in model.state_dict())
+
+
+def test_training_mode_is_close():
+    """The calibrated fuse norm changes a training forward pass less than one left at its defaults."""
+    torch.manual_seed(0)
+    resnet = randomize(timm.create_model('resnet18')).train()
+    model = from_resnet(resnet)
+    uncalibrated = from_resnet(resnet)
+    for module in uncalibrated.modules():
+        if hasattr(module, 'bn_fuse'):
+            module.bn_fuse.reset_parameters()
+    x = torch.randn(16, 3, 64, 64)
+    with torch.no_grad():
+        expected = resnet(x)
+        error, plain = (((net(x) - expected).norm() / expected.norm()).item() for net in (model, uncalibrated))
+    assert error < 0.6 * plain, (error, plain)
+
+
+def test_moments_of_a_rectified_gaussian():
+    gamma, beta = torch.tensor([1.0, 0.5, -2.0, 1.0, 0.0]), torch.tensor([0.0, 1.0, -1.0, -8.0, 0.7])
+    z = torch.randn(2_000_000, 5, dtype=torch.float64) * gamma + beta
+    mean, var = rectified_gaussian_moments(gamma, beta)
+    torch.testing.assert_close(mean, z.relu().mean(0), rtol=5e-3, atol=1e-3)
+    torch.testing.assert_close(var, z.relu().var(0), rtol=1e-2, atol=1e-3)
+    assert (var >= 0).all()
+
+
+def test_keeps_data_settings_mode_and_type():
+    resnet = timm.create_model('resnet50.a1_in1k', pretrained=False).double()
+    model = from_resnet(resnet)
+    assert model.training and next(model.parameters()).dtype == torch.float64
+    cfg = model.pretrained_cfg
+    assert cfg['architecture'] == 'regnet_convlstm_50' and cfg['tag'] == 'resnet50_a1_in1k'
+    assert cfg['test_crop_pct'] == 1.0 and 'hf_hub_id' not in cfg
+
+
+def test_by_name_without_weights():
+    model = from_resnet('seresnet50', regulator='convgru', pretrained=False, num_classes=5, in_chans=1)
+    assert model.pretrained_cfg['architecture'] == 'seregnet_convgru_50'
+    assert model(torch.randn(2, 1, 32, 32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    'argument, kwargs, error, words',
+    [
+        ('resnet51', {}, ValueError, ['resnet51', 'list_models']),
+        ('resnet18', dict(regulator='lstm'), ValueError, ['convlstm', "'lstm'"]),
+        ('vit_tiny_patch16_224', dict(pretrained=False), TypeError, ["timm's ResNet", 'VisionTransformer']),
+        ('resnet50_gn', dict(pretrained=False), ValueError, ['batch norm', 'GroupNorm']),
+        ('resnet18', dict(pretrained=False, carry='all'), ValueError, ['carry', 'raw']),
+        (nn.Linear(1, 1), {}, TypeError, ["timm's ResNet", 'Linear']),
+    ],
+)
+def test_bad_arguments(argument, kwargs, error, words):
+    with pytest.raises(error) as caught:
+        from_resnet(argument, **kwargs)
+    assert '\n' not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+def test_other_activation_and_head_arguments_are_refused():
+    with pytest.raises(ValueError, match='SiLU'):
+        from_resnet(timm.create_model('resnet18', act_layer='silu'))
+    with pytest.raises(TypeError, match='num_classes'):
+        from_resnet(timm.create_model('resnet18'), num_classes=3)
+
+
+def test_checkpoint_of_another_architecture():
+    model = timm.create_model('regnet_convlstm_18', device='meta')
+    with pytest.raises(ValueError, match='another architecture') as caught:
+        checkpoint_filter_fn(timm.create_model('convnext_atto').state_dict(), model)
+    assert '\n' not in str(caught.value)
+
+
+def test_checkpoint_of_another_depth():
+    model = timm.create_model('regnet_convlstm_34')
+    with pytest.raises(RuntimeError, match='does not fit') as caught:
+        model.load_state_dict(checkpoint_filter_fn(timm.create_model('resnet18').state_dict(), model))
+    assert '\n' not in str(caught.value)
+
+
+def test_own_checkpoint_passes_through():
+    model = timm.create_model('regnet_convgru_20')
+    state = model.state_dict()
+    assert checkpoint_filter_fn(state, model) is state
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as huggingface_hub asks for when it downloads one file."""
+
+    file = None
+
+    def do_HEAD(self, body=False):
+        if self.path != '/timm/resnet18.a1_in1k/resolve/main/model.safetensors':
+            self.send_error(404)
+            return
+        data = self.file.read_bytes()
+        self.send_response(200)
+        for name, value in (('ETag', '"' + 'a' * 64 + '"'), ('X-Repo-Commit', 'b' * 40), ('Content-Length', len(data))):
+            self.send_header(name, str(value))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def do_GET(self):
+        self.do_HEAD(body=True)
+
+    def log_message(self, *args):
+        pass
+
+
+FROM_HUB = """
+import sys, timm, torch, timm_regnet_rnn
+from safetensors.torch import load_file
+resnet = timm.create_model('resnet18').eval()
+resnet.load_state_dict(load_file(sys.argv[1]))
+x = torch.randn(1, 3, 64, 64)
+for kwargs in ({}, dict(in_chans=1, num_classes=5), dict(features_only=True), dict(num_classes=0)):
+    model = timm.create_model('regnet_convlstm_18', pretrained=True, **kwargs).eval()
+    with torch.no_grad():
+        if not kwargs:
+            assert (model(x) - resnet(x)).abs().max() < 1e-5 * resnet(x).abs().max()
+        elif kwargs == dict(num_classes=0):
+            expected = resnet.forward_head(resnet.forward_features(x), pre_logits=True)
+            assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
+        else:
+            model(x[:, :kwargs.get('in_chans', 3)])
+via_name = timm_regnet_rnn.from_resnet('resnet18.a1_in1k', regulator='convgru').eval()
+with torch.no_grad():
+    assert (via_name(x) - resnet(x)).abs().max() < 1e-5 * resnet(x).abs().max()
+print('same function')
+"""
+
+
+def test_pretrained_tag_downloads_timms_weights(tmp_path):
+    """`pretrained=True` through the unmodified timm and huggingface_hub, from a server of the test's own."""
+    Hub.file = tmp_path / 'model.safetensors'
+    save_file(randomize(timm.create_model('resnet18')).state_dict(), Hub.file)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = dict(
+        os.environ,
+        HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}',
+        HF_HOME=str(tmp_path / 'hf'),
+        HF_HUB_OFFLINE='0',
+        HF_HUB_DISABLE_TELEMETRY='1',
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, '-c', FROM_HUB, Hub.file], env=environment, capture_output=True, text=True, timeout=200
+        )
+    finally:
+        server.shutdown()
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert 'same function' in done.stdout

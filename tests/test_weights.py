@@ -1,0 +1,87 @@
+import hashlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.models import is_model_pretrained
+from timm.utils import reparameterize_model
+
+from timm_regnet_rnn.cli import main
+from timm_regnet_rnn.regnet_rnn import EMBEDDED, WEIGHTS_DIR
+
+CAT = Path(__file__).parent.parent / 'docs' / 'chelsea.jpg'
+
+
+def test_every_file_has_its_entry():
+    assert {p.name for p in WEIGHTS_DIR.glob('*')} == {f'{name}.safetensors' for name in EMBEDDED}
+
+
+@pytest.mark.parametrize('name', EMBEDDED)
+def test_the_file_is_the_one_that_was_measured(name):
+    file = WEIGHTS_DIR / f'{name}.safetensors'
+    assert file.stat().st_size < 5_000_000
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == EMBEDDED[name]['sha256']
+    with safe_open(file, framework='pt') as f:
+        assert f.metadata()['model'] == name
+    assert all(tensor.isfinite().all() for tensor in load_file(file).values())
+
+
+@pytest.mark.parametrize('name', EMBEDDED)
+def test_pretrained_cfg_says_what_was_measured(name):
+    cfg, entry = timm.get_pretrained_cfg(name), EMBEDDED[name]
+    assert name in timm.list_pretrained() and is_model_pretrained(name.split('.')[0])
+    assert f'top-1 {entry["top1"]:.2f} %' in cfg.description and entry['dataset'] in cfg.description
+    assert f'top1: {entry["top1"]}' in cfg.notes
+    assert 50 < entry['top1'] < entry['top5'] <= 100 and len(cfg.label_names) == cfg.num_classes
+
+
+@pytest.mark.parametrize('name', EMBEDDED)
+def test_loads_without_network_and_adapts(name):
+    x = torch.randn(2, 3, 32, 32)
+    model = timm.create_model(name, pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
+        assert timm.create_model(name.split('.')[0], pretrained=True, num_classes=3, in_chans=1)(x[:, :1]).shape == (
+            2,
+            3,
+        )
+    features = timm.create_model(name, pretrained=True, features_only=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(features(x)[-1], model.forward_features(x))
+
+
+def test_the_readmes_first_command(capsys):
+    assert main(['predict', str(CAT)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(CAT) and len(lines) == 6
+    assert lines[1].endswith('%  cat')
+
+
+def test_validate_py_reads_the_embedded_weights(tmp_path):
+    """A stand-in for timm's validate.py, which is not in its package: same calls, same data pipeline."""
+    from PIL import Image
+
+    for label in ('cat', 'dog'):
+        (tmp_path / 'test' / label).mkdir(parents=True)
+    Image.open(CAT).save(tmp_path / 'test' / 'cat' / '0.png')
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import sys, timm\n'
+        'from timm.data import create_dataset, create_loader, resolve_data_config\n'
+        "model = timm.create_model('regnet_convlstm_20', pretrained=True).eval()\n"
+        'config = resolve_data_config({}, model=model)\n'
+        "data = create_dataset('', sys.argv[1], split='test')\n"
+        "loader = create_loader(data, config['input_size'], 1, use_prefetcher=False, num_workers=0,\n"
+        "                       persistent_workers=False, mean=config['mean'], std=config['std'],\n"
+        "                       crop_pct=config['crop_pct'])\n"
+        'print(model.pretrained_cfg["label_names"][model(next(iter(loader))[0]).argmax().item()])\n'
+    )
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_regnet_rnn', 'run', script, tmp_path], capture_output=True, text=True
+    )
+    assert done.stdout.strip() == 'cat', done.stderr
