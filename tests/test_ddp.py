@@ -2,7 +2,7 @@ import subprocess
 import sys
 
 SCRIPT = """
-import torch, torch.distributed as dist, timm, timm_regnet_rnn
+import os, sys, torch, torch.distributed as dist, timm, timm_regnet_rnn
 from torch.nn.parallel import DistributedDataParallel as DDP
 torch.set_num_threads(1)
 dist.init_process_group('gloo')
@@ -26,7 +26,11 @@ for kwargs in ({}, dict(share_regulator=False), dict(regulated_stages=(1,))):
             assert torch.equal(*both), name
             assert p.grad.abs().sum() > 0, name
 print('trained on', rank)
+sys.stdout.flush()
+del model
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # the interpreter's teardown of gloo's threads has aborted now and then, after everything had passed
 """
 
 
