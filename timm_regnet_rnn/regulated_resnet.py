@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Seque
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers.trace_utils import _assert
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
@@ -37,7 +38,7 @@ def _one_of(name: str, value: Any, valid: Iterable[Any]) -> None:
 def fold_norm(parent: nn.Module, conv_name: str, norm_name: str) -> None:
     """Fold `parent`'s batch norm into the convolution before it; any other norm is left as it is."""
     conv, norm = getattr(parent, conv_name, None), getattr(parent, norm_name, None)
-    if type(conv) is nn.Conv2d and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats:
+    if type(conv) in (nn.Conv2d, FuseConv2d) and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats:
         setattr(parent, conv_name, fuse_conv_bn_eval(conv.eval(), norm.eval()))
         setattr(parent, norm_name, nn.Identity())
 
@@ -80,6 +81,15 @@ class _StemFold:
 def link_stem(net: nn.Module) -> None:
     """Let `timm.utils.reparameterize_model` fold the stem: it asks the children of a net, and never the net itself."""
     net.conv1.reparameterize = _StemFold(net)
+
+
+class FuseConv2d(nn.Conv2d):
+    """The fuse convolution, 1x1 over [x, h], as the sum of two convolutions: [x, h] is never written to memory."""
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """Features (B, C, H, W) and state (B, N, H, W) to features (B, C, H, W)."""
+        width = x.shape[1]
+        return F.conv2d(x, self.weight[:, :width], self.bias).add_(F.conv2d(h, self.weight[:, width:]))
 
 
 class _Foldable:
@@ -138,7 +148,7 @@ class _Regulated(_Foldable):
         self.regulator = None if share_regulator else CELLS[regulator](self.state_width, **dd)
         self.bn_h = norm_layer(self.state_width, **dd)
         self.act_h = act_layer(inplace=True)
-        self.conv_fuse = nn.Conv2d(width + self.state_width, width, kernel_size=1, bias=False, **dd)
+        self.conv_fuse = FuseConv2d(width + self.state_width, width, kernel_size=1, bias=False, **dd)
         self.bn_fuse = norm_layer(width, **dd)
         self.act_fuse = act_layer(inplace=True)
 
@@ -164,7 +174,7 @@ class _Regulated(_Foldable):
         """
         raw, c = self.step(x, h, c, weight, bias)
         h = self.act_h(self.bn_h(raw))
-        main = self.act_fuse(self.bn_fuse(self.conv_fuse(torch.cat((main, h), dim=1))))
+        main = self.act_fuse(self.bn_fuse(self.conv_fuse(main, h)))
         return main, h if self.carry_norm else raw, c
 
     def join(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:

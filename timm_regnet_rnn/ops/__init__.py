@@ -1,0 +1,99 @@
+"""One step of a regulator as an op per cell, and the one rule that chooses its implementation.
+
+`TIMM_REGNET_RNN_OPS` (or `set_ops`) overrides the rule: 'reference' takes plain PyTorch everywhere, 'fused' makes it an
+error where no fused implementation can be had; unset, the fused one is taken wherever there is one.
+
+Shapes throughout: x, h and c are (B, N, H, W), the folded gate kernel is (G, N, 2, 3, 3) and its bias (G, N), with the
+gates in the cell's order; h and c are None for the zero state.
+"""
+
+import os
+from typing import Callable, Optional, Tuple
+
+import torch
+
+from . import reference
+
+__all__ = ['conv_rnn_step', 'conv_gru_step', 'conv_lstm_step', 'set_ops']
+
+OPS = ('', 'reference', 'fused')
+State = Tuple[torch.Tensor, Optional[torch.Tensor]]
+
+
+def set_ops(name: str) -> None:
+    """Choose the implementation for this process: 'reference', 'fused', or '' for the rule.
+
+    Raises:
+        ValueError: Another name.
+    """
+    global _ops
+    if name not in OPS:
+        raise ValueError(f'TIMM_REGNET_RNN_OPS must be one of {", ".join(map(repr, OPS))}; got {name!r}.')
+    _ops = name
+
+
+set_ops(os.environ.get('TIMM_REGNET_RNN_OPS', ''))
+
+
+@torch.jit.unused
+def fused_step(name: str, x: torch.Tensor) -> Optional[Callable[..., State]]:
+    """The dispatch rule: the fused implementation of a step for inputs like x, or None for the reference.
+
+    Raises:
+        RuntimeError: 'fused' was asked for and is not to be had.
+    """
+    if _ops == 'reference' or not isinstance(x, torch.Tensor) or torch.onnx.is_in_onnx_export():  # a Proxy of torch.fx
+        return None
+    from . import fused_cpu
+
+    reason = fused_cpu.unavailable(x)
+    if not reason:
+        return fused_cpu.STEPS[name]
+    if _ops == 'fused':
+        raise RuntimeError(f'TIMM_REGNET_RNN_OPS=fused, but there is no fused op here: {reason}.')
+    return None
+
+
+def conv_rnn_step(
+    x: torch.Tensor,
+    h: Optional[torch.Tensor],
+    c: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """h' = tanh(gate_h(x, h)). c passes through untouched."""
+    if not torch.jit.is_scripting():
+        fused = fused_step('conv_rnn', x)
+        if fused is not None:
+            return fused(x, h, c, weight, bias)
+    return reference.conv_rnn_step(x, h, c, weight, bias)
+
+
+def conv_gru_step(
+    x: torch.Tensor,
+    h: Optional[torch.Tensor],
+    c: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """h' = (1 - z) ⊙ h + z ⊙ tanh(gate_n(x, r ⊙ h)), gates in the order z, r, n. c passes through untouched."""
+    if not torch.jit.is_scripting():
+        fused = fused_step('conv_gru', x)
+        if fused is not None:
+            return fused(x, h, c, weight, bias)
+    return reference.conv_gru_step(x, h, c, weight, bias)
+
+
+def conv_lstm_step(
+    x: torch.Tensor,
+    h: Optional[torch.Tensor],
+    c: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """c' = f ⊙ c + i ⊙ g and h' = o ⊙ tanh(c'), gates in the order i, f, o, g."""
+    if not torch.jit.is_scripting():
+        fused = fused_step('conv_lstm', x)
+        if fused is not None:
+            return fused(x, h, c, weight, bias)
+    return reference.conv_lstm_step(x, h, c, weight, bias)

@@ -1,0 +1,433 @@
+// One regulator step, forward and backward, for float32 tensors in channels_last layout.
+//
+// A task is one image times one block of 16 channels. It copies x and h into zero-padded scratch that stays in cache,
+// so that no tap needs a border check, and keeps every gate in registers: x, h and c are read once, h' and c' written
+// once. The backward pass computes the gates again instead of reading them. Gate order, shapes and equations are those of
+// reference.py, the specification; compiled on first use by fused_cpu.py.
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+#include <omp.h>
+
+namespace {
+
+constexpr int L = 16;     // channels per block
+constexpr int TAPS = 9;   // 3x3
+constexpr int TILE = 4;   // pixels computed together, so that a weight is loaded once for all of them
+typedef float V __attribute__((vector_size(L * 4), aligned(4)));
+typedef int32_t I __attribute__((vector_size(L * 4), aligned(4)));
+
+inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
+inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
+inline V splat(float f) { return V{} + f; }
+inline V clamp(V v, float low, float high) {
+    v = v < low ? splat(low) : v;
+    return v > high ? splat(high) : v;
+}
+
+// exp for |x| <= 40: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error about 1e-7.
+inline V exp_(V x) {
+    const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
+    V biased = x * 1.44269504f + shift;
+    V n = biased - shift;
+    V r = x - n * 0.693359375f;
+    r = r + n * 2.12194440e-4f;
+    V p = r * 1.3981999507e-3f + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    I bits;
+    std::memcpy(&bits, &biased, sizeof bits);
+    bits = (bits - 0x4B400000 + 127) << 23;
+    V scale;
+    std::memcpy(&scale, &bits, sizeof scale);
+    return p * scale;
+}
+// Beyond +-40 a gate is saturated to the last bit, and the product of two exponentials still fits a float.
+inline V exp_minus(V x) { return exp_(clamp(-x, -40.0f, 40.0f)); }
+inline V tanh_(V x) { return 2.0f / (1.0f + exp_minus(x + x)) - 1.0f; }
+
+// The logistic function of two values for one division.
+inline void sigmoids(V& a, V& b) {
+    V ea = 1.0f + exp_minus(a), eb = 1.0f + exp_minus(b), inverse = 1.0f / (ea * eb);
+    a = inverse * eb;
+    b = inverse * ea;
+}
+
+struct Shape {
+    int64_t batch, channels, height, width;
+    int64_t blocks() const { return channels / L; }
+    int64_t row() const { return (width + 2) * L; }  // floats per padded row
+    int64_t padded() const { return (height + 2) * row(); }
+    int64_t at(int64_t y, int64_t x) const { return (y + 1) * row() + (x + 1) * L; }
+    int64_t pixel(int64_t b, int64_t n, int64_t y, int64_t x) const {
+        return ((b * height + y) * width + x) * channels + n * L;
+    }
+};
+
+// Weights (G, N, 2, 3, 3) of one channel block as [gate][x or h][tap][lane], and biases as [gate][lane].
+template <int G>
+struct Weights {
+    float w[G][2][TAPS][L] = {}, b[G][L] = {};
+    Weights() = default;
+    Weights(const float* weight, const float* bias, int64_t channels, int64_t block) {
+        for (int g = 0; g < G; g++)
+            for (int lane = 0; lane < L; lane++) {
+                int64_t n = g * channels + block * L + lane;
+                for (int s = 0; s < 2; s++)
+                    for (int t = 0; t < TAPS; t++) w[g][s][t][lane] = weight[(n * 2 + s) * TAPS + t];
+                b[g][lane] = bias[n];
+            }
+    }
+    void add_to(float* weight, float* bias, int64_t channels, int64_t block) const {
+        for (int g = 0; g < G; g++)
+            for (int lane = 0; lane < L; lane++) {
+                int64_t n = g * channels + block * L + lane;
+                for (int s = 0; s < 2; s++)
+                    for (int t = 0; t < TAPS; t++) weight[(n * 2 + s) * TAPS + t] += w[g][s][t][lane];
+                bias[n] += b[g][lane];
+            }
+    }
+};
+
+// acc[g][p] += 3x3 correlation of padded `src` with w[g] around pixel p of a tile.
+template <int G, int P>
+inline void correlate(const Shape& s, const float* src, const float (*w)[2][TAPS][L], int half, V (&acc)[G][P]) {
+#pragma GCC unroll 16
+    for (int t = 0; t < TAPS; t++) {
+        const float* at = src + (t / 3 - 1) * s.row() + (t % 3 - 1) * L;
+        V in[P];
+#pragma GCC unroll 16
+        for (int p = 0; p < P; p++) in[p] = load(at + p * L);
+#pragma GCC unroll 16
+        for (int g = 0; g < G; g++) {
+            V k = load(w[g][half][t]);
+#pragma GCC unroll 16
+            for (int p = 0; p < P; p++) acc[g][p] += k * in[p];
+        }
+    }
+}
+
+// acc[p] += the transposed correlation of the padded gate gradients with w, around pixel p of a tile.
+template <int G, int P>
+inline void correlate_transposed(
+    const Shape& s, const float* grads, const float (*w)[2][TAPS][L], int half, V (&acc)[P]) {
+    for (int g = 0; g < G; g++)
+#pragma GCC unroll 16
+        for (int t = 0; t < TAPS; t++) {
+            const float* at = grads + g * s.padded() - (t / 3 - 1) * s.row() - (t % 3 - 1) * L;
+            V k = load(w[g][half][t]);
+#pragma GCC unroll 16
+            for (int p = 0; p < P; p++) acc[p] += k * load(at + p * L);
+        }
+}
+
+// Pre-activations of G gates for a tile; h null is zero.
+template <int G, int P>
+inline void gates(
+    const Shape& s, const float* x, const float* h, const float (*w)[2][TAPS][L], const float (*b)[L], V (&a)[G][P]) {
+    for (int g = 0; g < G; g++)
+        for (int p = 0; p < P; p++) a[g][p] = load(b[g]);
+    correlate<G, P>(s, x, w, 0, a);
+    if (h) correlate<G, P>(s, h, w, 1, a);
+}
+
+// Calls body(P, y, x) for tiles of P pixels of a row, until they cover the map; P is a compile-time constant.
+template <class Body>
+inline void tiles(const Shape& s, Body body) {
+    for (int64_t y = 0; y < s.height; y++) {
+        int64_t x = 0;
+        for (; x + TILE <= s.width; x += TILE) body(std::integral_constant<int, TILE>{}, y, x);
+        for (; x < s.width; x++) body(std::integral_constant<int, 1>{}, y, x);
+    }
+}
+
+// dw[g][half] += sum over pixels of grad_g[pixel] * src[pixel + tap]; one pair of gates at a time fits the registers.
+template <int G>
+void weight_grad(const Shape& s, const float* src, const float* grads, int half, float (*dw)[2][TAPS][L]) {
+    for (int first = 0; first < G; first += 2) {
+        const int pair = G - first < 2 ? 1 : 2;
+        const float *one = grads + first * s.padded(), *two = one + (pair - 1) * s.padded();
+        V acc[2][TAPS] = {};
+        for (int64_t y = 0; y < s.height; y++)
+            for (int64_t x = 0; x < s.width; x++) {
+                const int64_t o = s.at(y, x);
+                V d1 = load(one + o), d2 = load(two + o);
+                for (int t = 0; t < TAPS; t++) {
+                    V v = load(src + o + (t / 3 - 1) * s.row() + (t % 3 - 1) * L);
+                    acc[0][t] += d1 * v;
+                    acc[1][t] += d2 * v;
+                }
+            }
+        for (int g = 0; g < pair; g++)
+            for (int t = 0; t < TAPS; t++) store(dw[first + g][half][t], load(dw[first + g][half][t]) + acc[g][t]);
+    }
+}
+
+template <int G>
+void bias_grad(const Shape& s, const float* grads, float (*db)[L]) {
+    for (int g = 0; g < G; g++) {
+        V acc{};
+        for (int64_t y = 0; y < s.height; y++)
+            for (int64_t x = 0; x < s.width; x++) acc += load(grads + g * s.padded() + s.at(y, x));
+        store(db[g], load(db[g]) + acc);
+    }
+}
+
+// Tensors of a step; h, c, dh_out and dc_out may be null, which is zero, and dh and dc null, which is not wanted.
+struct Tensors {
+    const float *x, *h, *c, *dh_out, *dc_out;
+    float *h_out, *c_out, *dx = nullptr, *dh = nullptr, *dc = nullptr;
+};
+
+// One image and one block of channels: where it lies in the tensors, its padded x and h, and room for padded maps.
+struct Task {
+    const Tensors& t;
+    const Shape& s;
+    int64_t b, n;
+    const float *xs, *hs;
+    float* room;
+    V read(const float* p, int64_t y, int64_t x) const { return p ? load(p + s.pixel(b, n, y, x)) : V{}; }
+    void write(float* p, int64_t y, int64_t x, V v) const { store(p + s.pixel(b, n, y, x), v); }
+    const float* state(int64_t y, int64_t x) const { return hs ? hs + s.at(y, x) : nullptr; }
+
+    // dx from the padded gradients of all gates, dh from those of the first H plus `direct`.
+    template <int G, int H>
+    void input_grads(const Weights<G>& w, const float* grads, const float* direct) const {
+        tiles(s, [&](auto P, int64_t y, int64_t x) {
+            V acc[P] = {};
+            correlate_transposed<G, P>(s, grads + s.at(y, x), w.w, 0, acc);
+            for (int p = 0; p < P; p++) write(t.dx, y, x + p, acc[p]);
+            if (!t.dh) return;
+            for (int p = 0; p < P; p++) acc[p] = direct ? load(direct + s.at(y, x + p)) : V{};
+            correlate_transposed<H, P>(s, grads + s.at(y, x), w.w, 1, acc);
+            for (int p = 0; p < P; p++) write(t.dh, y, x + p, acc[p]);
+        });
+    }
+};
+
+struct RNN {
+    static constexpr int G = 1, FORWARD = 0, BACKWARD = 1;  // gates, and padded maps of room
+    static void forward(const Task& k, const Weights<G>& w) {
+        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+            V a[G][P];
+            gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
+            for (int p = 0; p < P; p++) k.write(k.t.h_out, y, x + p, tanh_(a[0][p]));
+        });
+    }
+    static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
+        float* grads = k.room;
+        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+            V a[G][P];
+            gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
+            for (int p = 0; p < P; p++) {
+                V h = tanh_(a[0][p]);
+                store(grads + k.s.at(y, x + p), k.read(k.t.dh_out, y, x + p) * (1.0f - h * h));
+            }
+        });
+        k.input_grads<G, G>(w, grads, nullptr);
+        weight_grad<G>(k.s, k.xs, grads, 0, dw);
+        if (k.hs) weight_grad<G>(k.s, k.hs, grads, 1, dw);
+        bias_grad<G>(k.s, grads, db);
+    }
+};
+
+struct GRU {
+    static constexpr int G = 3, FORWARD = 2, BACKWARD = 5;
+    // z and r * h of the whole map, which the candidate's convolution reads around each pixel.
+    static void reset(const Task& k, const Weights<G>& w, float* zs, float* rs, float* rh) {
+        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+            V a[2][P];
+            gates<2, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
+            for (int p = 0; p < P; p++) {
+                const int64_t o = k.s.at(y, x + p);
+                V z = a[0][p], r = a[1][p];
+                sigmoids(z, r);
+                store(zs + o, z);
+                if (rs) store(rs + o, r);
+                if (k.hs) store(rh + o, r * load(k.hs + o));
+            }
+        });
+    }
+    static void forward(const Task& k, const Weights<G>& w) {
+        float *zs = k.room, *rh = k.room + k.s.padded();
+        reset(k, w, zs, nullptr, rh);
+        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+            const int64_t o = k.s.at(y, x);
+            V a[1][P];
+            gates<1, P>(k.s, k.xs + o, k.hs ? rh + o : nullptr, w.w + 2, w.b + 2, a);
+            for (int p = 0; p < P; p++) {
+                V h = k.read(k.t.h, y, x + p);
+                k.write(k.t.h_out, y, x + p, h + load(zs + o + p * L) * (tanh_(a[0][p]) - h));
+            }
+        });
+    }
+    static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
+        const int64_t map = k.s.padded();
+        float *grads = k.room, *rh = grads + 3 * map, *direct = rh + map;
+        reset(k, w, grads, grads + map, rh);
+        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+            const int64_t o = k.s.at(y, x);
+            V a[1][P];
+            gates<1, P>(k.s, k.xs + o, k.hs ? rh + o : nullptr, w.w + 2, w.b + 2, a);
+            for (int p = 0; p < P; p++) {
+                float* d = grads + o + p * L;
+                V z = load(d), n = tanh_(a[0][p]), dh = k.read(k.t.dh_out, y, x + p);
+                store(d, dh * (n - k.read(k.t.h, y, x + p)) * z * (1.0f - z));
+                store(d + 2 * map, dh * z * (1.0f - n * n));
+                store(direct + o + p * L, dh * (1.0f - z));
+            }
+        });
+        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+            const int64_t o = k.s.at(y, x);
+            V drh[P] = {};
+            if (k.hs) correlate_transposed<1, P>(k.s, grads + 2 * map + o, w.w + 2, 1, drh);
+            for (int p = 0; p < P; p++) {
+                float* d = grads + map + o + p * L;
+                V r = load(d);
+                store(d, drh[p] * k.read(k.t.h, y, x + p) * r * (1.0f - r));
+                float* past = direct + o + p * L;
+                store(past, load(past) + drh[p] * r);
+            }
+        });
+        k.input_grads<G, 2>(w, grads, direct);
+        weight_grad<G>(k.s, k.xs, grads, 0, dw);
+        if (k.hs) {
+            weight_grad<2>(k.s, k.hs, grads, 1, dw);
+            weight_grad<1>(k.s, rh, grads + 2 * map, 1, dw + 2);
+        }
+        bias_grad<G>(k.s, grads, db);
+    }
+};
+
+struct LSTM {
+    static constexpr int G = 4, FORWARD = 0, BACKWARD = 4;
+    template <int P>
+    static void activate(const V (&a)[G][P], int p, V& i, V& f, V& o, V& g) {
+        i = a[0][p], f = a[1][p], o = a[2][p], g = a[3][p] + a[3][p];
+        sigmoids(i, g);
+        sigmoids(f, o);
+        g = g + g - 1.0f;  // tanh
+    }
+    static void forward(const Task& k, const Weights<G>& w) {
+        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+            V a[G][P];
+            gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
+            for (int p = 0; p < P; p++) {
+                V i, f, o, g;
+                activate(a, p, i, f, o, g);
+                V c = f * k.read(k.t.c, y, x + p) + i * g;
+                k.write(k.t.c_out, y, x + p, c);
+                k.write(k.t.h_out, y, x + p, o * tanh_(c));
+            }
+        });
+    }
+    static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
+        const int64_t map = k.s.padded();
+        float* grads = k.room;
+        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+            V a[G][P];
+            gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
+            for (int p = 0; p < P; p++) {
+                V i, f, o, g;
+                activate(a, p, i, f, o, g);
+                V c = k.read(k.t.c, y, x + p), dh = k.read(k.t.dh_out, y, x + p);
+                V t = tanh_(f * c + i * g);
+                V dc = k.read(k.t.dc_out, y, x + p) + dh * o * (1.0f - t * t);
+                float* d = grads + k.s.at(y, x + p);
+                store(d, dc * g * i * (1.0f - i));
+                store(d + map, dc * c * f * (1.0f - f));
+                store(d + 2 * map, dh * t * o * (1.0f - o));
+                store(d + 3 * map, dc * i * (1.0f - g * g));
+                if (k.t.dc) k.write(k.t.dc, y, x + p, dc * f);
+            }
+        });
+        k.input_grads<G, G>(w, grads, nullptr);
+        weight_grad<G>(k.s, k.xs, grads, 0, dw);
+        if (k.hs) weight_grad<G>(k.s, k.hs, grads, 1, dw);
+        bias_grad<G>(k.s, grads, db);
+    }
+};
+
+// Padded x, h and `maps` more, all zero: a border is never written to, so it stays zero from task to task.
+struct Scratch {
+    std::vector<float> floats;
+    int64_t map;
+    Scratch(const Shape& s, int maps) : floats((2 + maps) * s.padded()), map(s.padded()) {}
+    Task task(const Tensors& t, const Shape& s, int64_t b, int64_t n) {
+        float *xs = floats.data(), *hs = xs + map;
+        fill(s, t.x, b, n, xs);
+        if (t.h) fill(s, t.h, b, n, hs);
+        return Task{t, s, b, n, xs, t.h ? hs : nullptr, hs + map};
+    }
+    static void fill(const Shape& s, const float* src, int64_t b, int64_t n, float* dst) {
+        for (int64_t y = 0; y < s.height; y++)
+            for (int64_t x = 0; x < s.width; x++) store(dst + s.at(y, x), load(src + s.pixel(b, n, y, x)));
+    }
+};
+
+template <class Cell>
+void forward(const Shape& s, const Tensors& t, const float* weight, const float* bias, int threads) {
+    const int64_t tasks = s.batch * s.blocks();
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch scratch(s, Cell::FORWARD);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < tasks; i++) {
+            const Weights<Cell::G> w(weight, bias, s.channels, i % s.blocks());
+            Cell::forward(scratch.task(t, s, i / s.blocks(), i % s.blocks()), w);
+        }
+    }
+}
+
+// dweight and dbias are added to; they come zeroed.
+template <class Cell>
+void backward(
+    const Shape& s, const Tensors& t, const float* weight, const float* bias, float* dweight, float* dbias,
+    int threads) {
+    constexpr int G = Cell::G;
+    const int64_t tasks = s.batch * s.blocks();
+#pragma omp parallel num_threads(threads)
+    {
+        Scratch scratch(s, Cell::BACKWARD);
+        std::vector<Weights<G>> sums(s.blocks());
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < tasks; i++) {
+            const int64_t n = i % s.blocks();
+            const Weights<G> w(weight, bias, s.channels, n);
+            Cell::backward(scratch.task(t, s, i / s.blocks(), n), w, sums[n].w, sums[n].b);
+        }
+        // In the order of the threads, so that the same number of them gives the same sums.
+#pragma omp for ordered schedule(static, 1)
+        for (int turn = 0; turn < omp_get_num_threads(); turn++) {
+#pragma omp ordered
+            for (int64_t n = 0; n < s.blocks(); n++) sums[n].add_to(dweight, dbias, s.channels, n);
+        }
+    }
+}
+
+}  // namespace
+
+#define CELL(name, Cell)                                                                                             \
+    extern "C" void name##_forward(                                                                                  \
+        int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, const float* weight,            \
+        const float* bias, const float* x, const float* h, const float* c, float* h_out, float* c_out) {             \
+        const Shape s{batch, channels, height, width};                                                               \
+        forward<Cell>(s, Tensors{x, h, c, nullptr, nullptr, h_out, c_out}, weight, bias, threads);                   \
+    }                                                                                                                \
+    extern "C" void name##_backward(                                                                                 \
+        int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, const float* weight,            \
+        const float* bias, const float* x, const float* h, const float* c, const float* dh_out, const float* dc_out, \
+        float* dx, float* dh, float* dc, float* dweight, float* dbias) {                                             \
+        const Shape s{batch, channels, height, width};                                                               \
+        const Tensors t{x, h, c, dh_out, dc_out, nullptr, nullptr, dx, dh, dc};                                      \
+        backward<Cell>(s, t, weight, bias, dweight, dbias, threads);                                                 \
+    }
+
+CELL(conv_rnn, RNN)
+CELL(conv_gru, GRU)
+CELL(conv_lstm, LSTM)

@@ -1,0 +1,168 @@
+"""The fused regulator step on CPU: fused_cpu.cpp, compiled on first use, as ops that autograd and torch.compile know.
+
+Forward saves its inputs only; backward computes the gates again. Compilation takes a few seconds, once per version of
+the source and kind of CPU; the library is kept in the user's cache. Without a C++ compiler there is no fused op.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+__all__ = ['STEPS', 'unavailable']
+
+SOURCE = Path(__file__).with_name('fused_cpu.cpp')
+LANES = 16
+FLAGS = '-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fopenmp -shared -fPIC -Wno-psabi'.split()
+CPU_FLAGS = {
+    'AVX512': '-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma'.split(),
+    'AVX2': '-mavx2 -mfma'.split(),
+}
+
+
+def cache_dir() -> Path:
+    """Where compiled libraries are kept."""
+    return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_regnet_rnn'
+
+
+def build() -> Path:
+    """Compile the source unless the cache has it.
+
+    Returns:
+        The shared library.
+
+    Raises:
+        OSError: There is no compiler, or it failed; in one line.
+    """
+    compiler = os.environ.get('CXX') or next(filter(shutil.which, ('g++', 'c++', 'clang++')), None)
+    if compiler is None:
+        raise OSError('no C++ compiler (g++, c++, clang++ or $CXX)')
+    command = [*compiler.split(), *FLAGS, *CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    key = hashlib.sha256(repr((command, platform.machine())).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    library = cache_dir() / f'fused_cpu-{key}.so'
+    if library.is_file():
+        return library
+    library.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(suffix='.so', dir=library.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run([*command, str(SOURCE), '-o', scratch], capture_output=True, text=True)
+        if done.returncode:
+            raise OSError(f'{compiler} failed: {(done.stderr.strip().splitlines() or ["no message"])[0]}')
+        os.replace(scratch, library)  # whole or not at all, whoever else is compiling
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+    return library
+
+
+@functools.lru_cache(maxsize=None)
+def load() -> Tuple[Optional[ctypes.CDLL], str]:
+    """The compiled library, or None and the reason in one line."""
+    try:
+        return ctypes.CDLL(str(build())), ''
+    except OSError as e:
+        return None, str(e).splitlines()[0]
+
+
+def unavailable(x: Tensor) -> str:
+    """Why there is no fused op for inputs like x (B, N, H, W); empty if there is one."""
+    if x.device.type != 'cpu':
+        return f'the fused CPU op does not run on {x.device.type}'
+    if x.dtype != torch.float32 or torch.is_autocast_enabled('cpu'):
+        return 'the fused CPU op computes in float32 without autocast'
+    if x.shape[1] % LANES:
+        return f'the fused CPU op takes widths that are multiples of {LANES}, not {x.shape[1]}'
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return 'the fused CPU op takes channels_last tensors'
+    return load()[1]
+
+
+def _pointer(tensor: Optional[Tensor]) -> Optional[ctypes.c_void_p]:
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
+
+
+def _call(name: str, x: Tensor, *tensors: Optional[Tensor]) -> None:
+    sizes = map(ctypes.c_int64, x.shape)
+    getattr(load()[0], name)(torch.get_num_threads(), *sizes, *map(_pointer, tensors))
+
+
+def _channels_last(tensor: Optional[Tensor]) -> Optional[Tensor]:
+    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _register(name: str, has_c: bool):
+    """The ops `{name}` and `{name}_backward` in torch's library `timm_regnet_rnn`, and the step that calls them."""
+
+    def forward(x: Tensor, h: Optional[Tensor], c: Optional[Tensor], weight: Tensor, bias: Tensor) -> List[Tensor]:
+        x, h, c = map(_channels_last, (x, h, c))
+        outs = [_empty(x) for _ in range(1 + has_c)]
+        weight, bias = weight.contiguous(), bias.contiguous()
+        _call(f'{name}_forward', x, weight, bias, x, h, c, outs[0], outs[-1])
+        return outs
+
+    def backward(
+        x: Tensor,
+        h: Optional[Tensor],
+        c: Optional[Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        dh_out: Optional[Tensor],
+        dc_out: Optional[Tensor],
+    ) -> List[Tensor]:
+        x, h, c, dh_out, dc_out = map(_channels_last, (x, h, c, dh_out, dc_out))
+        weight, bias = weight.contiguous(), bias.contiguous()
+        dx, dweight, dbias = _empty(x), torch.zeros_like(weight), torch.zeros_like(bias)
+        dh, dc = (None if state is None else _empty(state) for state in (h, c))
+        _call(f'{name}_backward', x, weight, bias, x, h, c, dh_out, dc_out, dx, dh, dc, dweight, dbias)
+        return [dx, dweight, dbias, *(grad for grad in (dh, dc) if grad is not None)]
+
+    forward = torch.library.custom_op(f'timm_regnet_rnn::{name}', forward, mutates_args=())
+    backward = torch.library.custom_op(f'timm_regnet_rnn::{name}_backward', backward, mutates_args=())
+
+    @forward.register_fake
+    def _(x, h, c, weight, bias):
+        return [_empty(x) for _ in range(1 + has_c)]
+
+    @backward.register_fake
+    def _(x, h, c, weight, bias, dh_out, dc_out):
+        states = [_empty(state) for state in (h, c) if state is not None]
+        return [_empty(x), torch.empty_like(weight), torch.empty_like(bias), *states]
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+
+    def differentiate(ctx, grads):
+        x, h, c, weight, bias = ctx.saved_tensors
+        grads = backward(x, h, c, weight, bias, grads[0], grads[1] if has_c else None)
+        dx, dweight, dbias, *states = grads
+        dh = None if h is None else states.pop(0)
+        return dx, dh, None if c is None else states.pop(0), dweight, dbias
+
+    forward.register_autograd(differentiate, setup_context=setup_context)
+
+    def step(x, h, c, weight, bias):
+        outs = forward(x, h, c if has_c else None, weight, bias)
+        return outs[0], outs[1] if has_c else c
+
+    return step
+
+
+STEPS: Dict[str, object] = {
+    'conv_rnn': _register('conv_rnn', has_c=False),
+    'conv_gru': _register('conv_gru', has_c=False),
+    'conv_lstm': _register('conv_lstm', has_c=True),
+}
