@@ -12,8 +12,8 @@ from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 
 import timm_regnet_rnn
-from benchmarks.model_complexity import complexity
 from timm_regnet_rnn import regnet_rnn
+from timm_regnet_rnn.complexity import complexity
 from timm_regnet_rnn.regulated_resnet import RegulatedResNet, RegulatedStage
 
 NAMES = timm.list_models(module='regnet_rnn')

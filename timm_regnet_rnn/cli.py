@@ -1,4 +1,4 @@
-"""The command `timm-regnet-rnn`: list the models, predict images, run a script with the models registered."""
+"""The command `timm-regnet-rnn`: list the models, predict images, train, run a script with the models registered."""
 
 import argparse
 import fnmatch
@@ -176,6 +176,23 @@ def cmd_run(args: argparse.Namespace) -> int:
     return 0
 
 
+def cmd_train(args: argparse.Namespace) -> int:
+    """Train a model by a recipe with timm's train.py."""
+    from .training import train
+
+    return train(
+        args.recipe,
+        args.model,
+        args.data_dir,
+        args.flags,
+        output=args.output,
+        results=args.results,
+        timm_dir=args.timm_dir,
+        nproc=args.nproc,
+        dry_run=args.dry_run,
+    )
+
+
 def cmd_autoload(args: argparse.Namespace) -> int:
     """Enable, disable or show autoload."""
     from . import autoload
@@ -220,6 +237,24 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('args', nargs=argparse.REMAINDER, metavar='ARGS')
     sub.set_defaults(function=cmd_run)
 
+    sub = commands.add_parser(
+        'train',
+        help="train by a recipe with timm's train.py",
+        usage='%(prog)s RECIPE --model M --data-dir D [options] [any flag of train.py]',
+        allow_abbrev=False,
+    )
+    sub.add_argument('recipe', metavar='RECIPE', help='YAML file, e.g. train_recipes/cifar_paper.yaml')
+    sub.add_argument('--model', required=True, metavar='M', help='any timm model, with or without a tag')
+    sub.add_argument('--data-dir', required=True, metavar='D', help='the data, as train.py reads them')
+    sub.add_argument('--output', metavar='DIR', help='folder of the run; given again, the run in it is resumed')
+    sub.add_argument('--results', metavar='FILE', help='where the row goes; default: results.csv beside the recipe')
+    sub.add_argument(
+        '--timm-dir', metavar='DIR', help="checkout of timm; default: $TIMM_DIR, or the installed one's tag"
+    )
+    sub.add_argument('--nproc', type=int, metavar='N', help='processes; default: one per visible GPU')
+    sub.add_argument('--dry-run', action='store_true', help='print the command and stop')
+    sub.set_defaults(function=cmd_train)
+
     sub = commands.add_parser('autoload', help='register the models in every program that imports timm')
     action = sub.add_mutually_exclusive_group(required=True)
     for name in ('enable', 'disable', 'status'):
@@ -237,7 +272,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         Exit status: 0, or 2 after one line on stderr that says what was wrong.
     """
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args, args.flags = parser.parse_known_args(argv)
+    if args.flags and args.command != 'train':
+        parser.error(f'unrecognized arguments: {" ".join(args.flags)}')
     if args.command == 'run':
         try:
             return cmd_run(args)  # the script's own exceptions are its own

@@ -40,7 +40,7 @@ for action in parser._actions:
         kind = 'bool'
     else:
         kind = 'str' if action.type is None else getattr(action.type, '__name__', 'any')
-    options[action.dest] = dict(type=kind)
+    options[action.dest] = dict(type=kind, flags=action.option_strings, default=action.default)
     if action.nargs:
         options[action.dest]['nargs'] = action.nargs
     if action.choices:
@@ -58,7 +58,8 @@ def train_options(train_py: Union[str, Path]) -> Dict[str, Dict[str, Any]]:
 
     Returns:
         For each option, by the name that a recipe gives it, a dict of `type` ('int', 'float', 'str', 'bool' or
-        'kwargs'), `nargs` where it takes a list or may stand without a value, and `choices` where they are limited.
+        'kwargs'), `flags` as on the command line, `default`, `nargs` where it takes a list or may stand without a
+        value, and `choices` where they are limited.
 
     Raises:
         ValueError: There is no such file, it does not run, or it has no parser.

@@ -38,7 +38,11 @@ def _one_of(name: str, value: Any, valid: Iterable[Any]) -> None:
 def fold_norm(parent: nn.Module, conv_name: str, norm_name: str) -> None:
     """Fold `parent`'s batch norm into the convolution before it; any other norm is left as it is."""
     conv, norm = getattr(parent, conv_name, None), getattr(parent, norm_name, None)
-    if type(conv) in (nn.Conv2d, FuseConv2d) and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm) and norm.track_running_stats:
+    if (
+        type(conv) in (nn.Conv2d, FuseConv2d)
+        and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        and norm.track_running_stats
+    ):
         setattr(parent, conv_name, fuse_conv_bn_eval(conv.eval(), norm.eval()))
         setattr(parent, norm_name, nn.Identity())
 

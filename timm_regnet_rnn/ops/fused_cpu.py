@@ -22,10 +22,10 @@ __all__ = ['STEPS', 'unavailable']
 
 SOURCE = Path(__file__).with_name('fused_cpu.cpp')
 LANES = 16
-FLAGS = '-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fopenmp -shared -fPIC -Wno-psabi'.split()
+FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-fopenmp', '-shared', '-fPIC', '-Wno-psabi']
 CPU_FLAGS = {
-    'AVX512': '-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma'.split(),
-    'AVX2': '-mavx2 -mfma'.split(),
+    'AVX512': ['-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mavx2', '-mfma'],
+    'AVX2': ['-mavx2', '-mfma'],
 }
 
 
@@ -64,7 +64,7 @@ def build() -> Path:
     return library
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def load() -> Tuple[Optional[ctypes.CDLL], str]:
     """The compiled library, or None and the reason in one line."""
     try:

@@ -1,0 +1,45 @@
+"""Parameters and multiply-adds of a model."""
+
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+import torch.nn as nn
+
+from .conv_rnn import CELLS
+from .regulated_resnet import RegulatedBasicBlock, RegulatedBottleneck
+
+__all__ = ['complexity']
+
+
+def complexity(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> Dict[str, Any]:
+    """Count parameters and multiply-adds.
+
+    Multiply-adds are those of convolutions, linear layers and gates. A gate counts as the paper's two-step convolution,
+    2 + 9 per position and channel, also where it runs folded.
+
+    Args:
+        model: A timm model in eval mode, on the meta device so that nothing is computed.
+        input_size: (C, H, W), the model's default if None.
+
+    Returns:
+        `params`, `macs` and `input_size`.
+    """
+    macs = 0
+
+    def count(module, _, out):
+        nonlocal macs
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            macs += out.numel() * module.weight[0].numel()
+        else:
+            gates = next(len(cell.gates) for cell in CELLS.values() if cell.step is module.step)
+            macs += gates * 11 * out[1].numel()
+
+    counted = (nn.Conv2d, nn.Linear, RegulatedBasicBlock, RegulatedBottleneck)
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, counted)]
+    size = list(input_size or model.pretrained_cfg['input_size'])
+    try:
+        model(torch.empty(1, *size, device='meta'))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return dict(params=sum(p.numel() for p in model.parameters()), macs=macs, input_size=size)

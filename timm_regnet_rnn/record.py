@@ -1,0 +1,261 @@
+"""What a training run leaves behind: its checkpoints, its learning curve, and its row in results.csv."""
+
+import csv
+import io
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+from argparse import Namespace
+from datetime import date
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+__all__ = ['COLUMNS', 'append_row', 'code_commit', 'learning_curve', 'make_row', 'newest_checkpoint', 'run_name']
+
+# fmt: off
+COLUMNS = (
+    'run', 'date', 'model', 'model_kwargs', 'recipe', 'overrides', 'dataset', 'seed', 'epochs', 'params', 'macs', 'top1',
+    'top5', 'weights', 'best_epoch', 'best_top1', 'images_per_s', 'processes', 'device', 'versions', 'commit',
+)
+# Where and with what help a run computes, and what has a column of its own: not among the overrides.
+NOT_OVERRIDES = (
+    'data_dir', 'dataset', 'dataset_download', 'device', 'amp', 'amp_dtype', 'channels_last', 'workers', 'pin_mem',
+    'log_interval', 'checkpoint_hist', 'seed', 'model', 'model_kwargs', 'num_classes',
+)
+# fmt: on
+CURVE = ('epoch', 'lr', 'train_loss', 'eval_loss', 'top1', 'top5')
+DATASETS = dict(
+    cifar10='CIFAR-10',
+    cifar10_jpeg75='CIFAR-10, JPEG q75 mirror',
+    cifar100='CIFAR-100',
+    fashion_mnist='Fashion-MNIST',
+)
+THROUGHPUT = re.compile(r'^Train: (\d+) .*\([\d.]+s, +([\d.]+)/s\)')
+
+
+def newest_checkpoint(output: Path) -> Tuple[Optional[Path], int]:
+    """The checkpoint to resume a run from.
+
+    train.py replaces `last.pth.tar` in steps, so a kill can leave the newest state under another name, or a file that
+    is not whole; every candidate is read before it is trusted, and none is unpickled without restriction.
+
+    Args:
+        output: The run's folder.
+
+    Returns:
+        The file with the most epochs behind it and their number; None and 0 if there is none.
+    """
+    import torch
+
+    found: Tuple[Optional[Path], int] = (None, 0)
+    for file in sorted(output.glob('*.pth.tar')):
+        try:
+            with torch.serialization.safe_globals([Namespace]):
+                state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+            epochs = state['epoch'] + 1
+            whole = {'state_dict', 'optimizer'} <= state.keys()
+        except Exception:  # truncated, not a checkpoint, or holding more than one: none to resume from
+            continue
+        if whole and (epochs > found[1] or (epochs == found[1] and file.name == 'last.pth.tar')):
+            found = file, epochs
+    return found
+
+
+def learning_curve(output: Path) -> List[Dict[str, float]]:
+    """A run's epochs from train.py's summary.csv.
+
+    A resumed run writes the header once more and repeats an epoch that was cut off; the later line counts.
+
+    Returns:
+        A row per epoch, counted from 1, with the keys `epoch,lr,train_loss,eval_loss,top1,top5`.
+    """
+    file = output / 'summary.csv'
+    rows: Dict[int, Dict[str, float]] = {}
+    header: List[str] = []
+    for cells in csv.reader(io.StringIO(file.read_text(encoding='utf-8'))) if file.is_file() else ():
+        if cells[:1] == ['epoch']:
+            header = cells
+        elif len(cells) == len(header):
+            values = dict(zip(header, cells))
+            epoch = int(values['epoch']) + 1
+            rows[epoch] = dict(
+                epoch=epoch,
+                lr=float(values['lr']),
+                train_loss=float(values['train_loss']),
+                eval_loss=float(values.get('eval_loss', 'nan')),
+                top1=float(values.get('eval_top1', 'nan')),
+                top5=float(values.get('eval_top5', 'nan')),
+            )
+    return [rows[epoch] for epoch in sorted(rows)]
+
+
+def throughput(output: Path) -> Optional[float]:
+    """Training images per second: the median over epochs of what train.py's log gives at the end of each."""
+    epochs: Dict[str, float] = {}
+    file = output / 'train.log'
+    for line in file.read_text(encoding='utf-8', errors='replace').splitlines() if file.is_file() else ():
+        match = THROUGHPUT.match(line)
+        if match:
+            epochs[match[1]] = float(match[2])
+    values = sorted(epochs.values())
+    return values[len(values) // 2] if values else None
+
+
+def dataset_name(settings: Dict[str, Any]) -> Tuple[str, str]:
+    """Key and name of the data set: what prepare_data.py noted, torchvision's, or else the folder's name."""
+    key = settings['dataset'].split('/')[-1]
+    prepared = Path(settings['data_dir']) / 'prepared.json'
+    if not key and prepared.is_file():
+        key = json.loads(prepared.read_text(encoding='utf-8'))['dataset']
+    key = key or Path(settings['data_dir']).resolve().name
+    return key, DATASETS.get(key, key)
+
+
+def overrides(settings: Dict[str, Any], given: List[str]) -> str:
+    """The flags given besides the recipe that change what is computed, as on a command line."""
+    words = []
+    for name in sorted(given):
+        value = settings[name]
+        if name in NOT_OVERRIDES:
+            continue
+        words.append('--' + name.replace('_', '-'))
+        if isinstance(value, dict):
+            words += [f'{k}={v}' for k, v in value.items()]
+        elif value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return shlex.join(words)
+
+
+def model_kwargs(settings: Dict[str, Any]) -> str:
+    """Arguments of the model other than its defaults, as `name=value name=value`."""
+    return ' '.join(f'{k}={v!r}'.replace(' ', '').replace("'", '') for k, v in settings['model_kwargs'].items())
+
+
+def run_name(settings: Dict[str, Any], recipe: Path) -> str:
+    """A name for a run, and for its folder unless one is given: everything that tells it from its neighbours."""
+    words = [settings['model'], *re.findall(r'\w+', model_kwargs(settings)), recipe.stem, dataset_name(settings)[0]]
+    return '-'.join([*words, f'e{settings["epochs"]}', f's{settings["seed"]}'])
+
+
+def device_name(device: str) -> str:
+    """The hardware in words."""
+    import torch
+
+    if device.startswith('cuda'):
+        return torch.cuda.get_device_name(device)
+    try:
+        name = re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text(encoding='utf-8'))[1]
+    except (OSError, TypeError):
+        name = platform.processor() or platform.machine()
+    return f'{name}, {torch.get_num_threads()} thread{"s" * (torch.get_num_threads() > 1)}'
+
+
+def code_commit() -> str:
+    """The commit of the checkout that this package runs from, `-dirty` if its files differ; empty outside of one."""
+    git = ['git', '-C', str(Path(__file__).parent)]
+    try:
+        name = subprocess.run([*git, 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            [*git, 'status', '--porcelain', '-uno', '.'], capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return ''
+    return name.stdout.strip() + ('-dirty' if changes.stdout.strip() else '')
+
+
+def make_row(
+    settings: Dict[str, Any], recipe: Path, given: List[str], output: Path, processes: int, commit: str
+) -> Tuple[Dict[str, Any], List[Dict[str, float]]]:
+    """The row of a finished run, and its learning curve.
+
+    Args:
+        settings: train.py's options as they were in force.
+        recipe: The recipe's file.
+        given: Names of the options given besides the recipe.
+        output: The run's folder.
+        processes: How many took part.
+        commit: From `code_commit`, before the run.
+    """
+    import huggingface_hub
+    import timm
+    import torch
+    import torchvision
+
+    from . import __version__
+    from .complexity import complexity
+
+    curve = learning_curve(output)
+    last, best = curve[-1], max(curve, key=lambda row: row['top1'])
+    kwargs = dict(num_classes=settings['num_classes'], in_chans=settings['in_chans'], **settings['model_kwargs'])
+    size = settings['input_size']
+    if size:
+        kwargs['in_chans'] = size[0]
+    model = timm.create_model(settings['model'], device='meta', **{k: v for k, v in kwargs.items() if v is not None})
+    counts = complexity(model.eval(), size)
+    images = throughput(output)
+    versions = dict(timm_regnet_rnn=__version__, timm=timm.__version__, torch=torch.__version__)
+    versions.update(torchvision=torchvision.__version__, huggingface_hub=huggingface_hub.__version__)
+    row = dict(
+        run=run_name(settings, recipe),
+        date=date.today().isoformat(),
+        model=settings['model'],
+        model_kwargs=model_kwargs(settings),
+        recipe=recipe.stem,
+        overrides=overrides(settings, given),
+        dataset=dataset_name(settings)[1],
+        seed=settings['seed'],
+        epochs=last['epoch'],
+        params=counts['params'],
+        macs=counts['macs'],
+        top1=last['top1'],
+        top5=last['top5'],
+        weights='ema' if settings['model_ema'] and not settings['model_ema_force_cpu'] else 'last',
+        best_epoch=best['epoch'],
+        best_top1=best['top1'],
+        images_per_s='' if images is None else f'{images:.0f}',
+        processes=processes,
+        device=device_name(settings['device']),
+        versions=', '.join(f'{name} {version.split("+")[0]}' for name, version in versions.items()),
+        commit=commit,
+    )
+    return row, curve
+
+
+def append_row(results: Path, row: Dict[str, Any], curve: List[Dict[str, float]]) -> Dict[str, Any]:
+    """Add a run to results.csv, and its learning curve to `curves/` beside it.
+
+    Several runs may finish at once: the file is locked while one of them writes. A run of the same name as an earlier
+    one gets a number.
+
+    Returns:
+        The row as written.
+    """
+    import fcntl
+
+    results.parent.mkdir(parents=True, exist_ok=True)
+    with results.open('a+', encoding='utf-8', newline='') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(0)
+        taken = {line['run'] for line in csv.DictReader(file)}
+        names = [row['run'], *(f'{row["run"]}-r{i}' for i in range(2, len(taken) + 2))]
+        row = {**row, 'run': next(name for name in names if name not in taken)}
+        curve_file = results.parent / 'curves' / f'{row["run"]}.csv'
+        curve_file.parent.mkdir(exist_ok=True)
+        scratch = curve_file.with_suffix('.tmp')
+        with scratch.open('w', encoding='utf-8', newline='') as out:
+            writer = csv.DictWriter(out, CURVE, lineterminator='\n')
+            writer.writeheader()
+            writer.writerows(curve)
+        os.replace(scratch, curve_file)
+        lines = io.StringIO()
+        writer = csv.DictWriter(lines, COLUMNS, lineterminator='\n')
+        if file.seek(0, os.SEEK_END) == 0:
+            writer.writeheader()
+        writer.writerow(row)
+        file.write(lines.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+    return row
