@@ -17,8 +17,8 @@ __all__ = ['COLUMNS', 'append_row', 'code_commit', 'learning_curve', 'make_row',
 
 # fmt: off
 COLUMNS = (
-    'run', 'date', 'model', 'model_kwargs', 'recipe', 'overrides', 'dataset', 'seed', 'epochs', 'params', 'macs', 'top1',
-    'top5', 'weights', 'best_epoch', 'best_top1', 'images_per_s', 'processes', 'device', 'versions', 'commit',
+    'run', 'date', 'model', 'model_kwargs', 'recipe', 'overrides', 'dataset', 'seed', 'epochs', 'params', 'macs',
+    'top1', 'top5', 'weights', 'best_epoch', 'best_top1', 'images_per_s', 'processes', 'device', 'versions', 'commit',
 )
 # Where and with what help a run computes, and what has a column of its own: not among the overrides.
 NOT_OVERRIDES = (
