@@ -1,0 +1,262 @@
+import csv
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_cli import call, refused
+
+from timm_regnet_rnn import record, training
+from timm_regnet_rnn.recipe import train_options
+
+STAND_IN = Path(__file__).parent / 'stand_in'
+RECIPES = Path(__file__).parent.parent / 'train_recipes'
+OPTIONS = json.loads((RECIPES / 'options.json').read_text(encoding='utf-8'))['options']
+CLASSES = ('cat', 'dog')
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Two classes of four padded images to train on and two to test on."""
+    for split, count, size in (('train', 4, 40), ('test', 2, 32)):
+        for label, name in enumerate(CLASSES):
+            folder = tmp_path / 'data' / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                Image.new('RGB', (size, size), (60 * i, 100 * label, 50)).save(folder / f'{i}.png')
+    return tmp_path / 'data'
+
+
+@pytest.fixture
+def argv(tmp_path, data):
+    """A command that runs in seconds; the last value of a repeated flag counts."""
+    model = ['--model', 'regnet_convrnn_20', '--model-kwargs', 'layers=(1,1,1)', 'carry=raw']
+    flags = ['--num-classes', '2', '--epochs', '3', '--seed', '7', '--device', 'cpu', '-j', '0', '--batch-size', '4']
+    where = ['--data-dir', data, '--output', tmp_path / 'run', '--results', tmp_path / 'results.csv']
+    return ['train', RECIPES / 'cifar_paper.yaml', *model, *flags, *where, '--timm-dir', STAND_IN]
+
+
+def rows(file):
+    return list(csv.DictReader(file.open(encoding='utf-8')))
+
+
+def test_the_stand_in_has_the_recorded_options():
+    assert train_options(STAND_IN / 'train.py') == OPTIONS
+
+
+def test_a_run_ends_with_its_row(capsys, argv, tmp_path, data):
+    (data / 'prepared.json').write_text('{"dataset": "cifar10_jpeg75"}')
+    status, out, err = call(capsys, *argv)
+    assert status == 0, err
+    (row,) = rows(tmp_path / 'results.csv')
+    assert tuple(row) == record.COLUMNS
+    assert row['run'] == 'regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-cifar10_jpeg75-e3-s7'
+    assert (row['model'], row['model_kwargs']) == ('regnet_convrnn_20', 'layers=(1,1,1) carry=raw')
+    assert (row['recipe'], row['overrides']) == ('cifar_paper', '--batch-size 4 --epochs 3')
+    assert row['dataset'] == 'CIFAR-10, JPEG q75 mirror'
+    assert (row['seed'], row['epochs'], row['processes'], row['weights']) == ('7', '3', '1', 'last')
+    assert (row['top1'], row['top5']) == ('52.0', '99.0'), 'of the last epoch'
+    assert (row['best_epoch'], row['best_top1']) == ('2', '61.0')
+    assert row['images_per_s'] == '101', 'the median of 100, 101 and 102'
+    model = timm.create_model('regnet_convrnn_20', num_classes=2, layers=(1, 1, 1))
+    assert int(row['params']) == sum(p.numel() for p in model.parameters()) and int(row['macs']) > 10**6
+    assert f'timm {timm.__version__}' in row['versions'] and torch.__version__.split('+')[0] in row['versions']
+    curve = rows(tmp_path / 'curves' / f'{row["run"]}.csv')
+    assert [line['epoch'] for line in curve] == ['1', '2', '3'] and curve[-1]['top1'] == '52.0'
+    assert f'{row["run"]}: top-1 52.00 %' in out.splitlines()[-1]
+
+    log = (tmp_path / 'run' / 'train.log').read_text()
+    assert call(capsys, *argv)[0] == 0, 'the same command again'
+    assert len(rows(tmp_path / 'results.csv')) == 1 and (tmp_path / 'run' / 'train.log').read_text() == log
+
+
+def test_a_killed_run_goes_on_from_its_last_epoch(capsys, argv, tmp_path, monkeypatch):
+    monkeypatch.setenv('KILL_AFTER', '2')
+    status, _, err = call(capsys, *argv)
+    assert status == 1 and err.count('\n') == 1
+    assert 'train.py stopped with status -9 after 2 of 3 epochs' in err and not (tmp_path / 'results.csv').exists()
+    monkeypatch.delenv('KILL_AFTER')
+    whole = (tmp_path / 'run' / 'last.pth.tar').read_bytes()
+    (tmp_path / 'run' / 'last.pth.tar').write_bytes(whole[: len(whole) // 2])  # a kill may come while it is replaced
+    assert 'seed 7, not 8; give another --output' in refused(capsys, *argv, '--seed', '8')
+    status, out, err = call(capsys, *argv)
+    assert status == 0, err
+    assert 'run: 2 of 3 epochs done' in out and 'starts at epoch 2' in out
+    (row,) = rows(tmp_path / 'results.csv')
+    assert row['epochs'] == '3'
+    assert [line['epoch'] for line in rows(tmp_path / 'curves' / f'{row["run"]}.csv')] == ['1', '2', '3']
+
+
+def test_two_processes(capsys, argv, tmp_path):
+    status, out, err = call(capsys, *argv, '--nproc', '2', '--epochs', '1')
+    assert status == 0, out[-2000:] + err
+    assert 'rank 0 of 2' in out and 'rank 1 of 2' in out
+    assert rows(tmp_path / 'results.csv')[0]['processes'] == '2'
+
+
+def test_dry_run_prints_the_command(capsys, argv, tmp_path):
+    status, out, _ = call(capsys, *argv, '--dry-run')
+    words = out.split()
+    assert status == 0 and out.count('\n') == 1 and not (tmp_path / 'run').exists()
+    assert words[1:5] == ['-m', 'timm_regnet_rnn', 'run', str(STAND_IN / 'train.py')]
+    for pair in ('--model regnet_convrnn_20', '--channels-last', '--device cpu', f'--output {tmp_path}', '--seed 7'):
+        assert pair in out
+    assert '--amp' not in words and '--timm-dir' not in words
+    out = call(capsys, *argv, '--nproc', '3', '--dry-run')[1]
+    assert '-m torch.distributed.run --standalone --nproc_per_node 3 -m timm_regnet_rnn run' in out
+    os.chdir(tmp_path)
+    where = argv.index('--output')
+    out = call(capsys, *argv[:where], *argv[where + 2 :], '--dry-run')[1]
+    assert '--output output --experiment regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-data-e3-s7' in out
+
+
+def test_a_folder_takes_one_run_at_a_time(capsys, argv, tmp_path):
+    import fcntl
+
+    (tmp_path / 'run').mkdir()
+    with (tmp_path / 'run' / '.lock').open('w') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert 'a run is under way' in refused(capsys, *argv)
+
+
+def write_recipe(tmp_path, text):
+    base = (RECIPES / 'cifar_paper.yaml').read_text(encoding='utf-8')
+    (tmp_path / 'recipe.yaml').write_text(base + text, encoding='utf-8')
+    return tmp_path / 'recipe.yaml'
+
+
+BAD = {
+    'no recipe': (lambda t: ['train', t / 'none.yaml'], 'no recipe'),
+    'misspelt key': (lambda t: ['train', write_recipe(t, 'wieght_decay: 0.1\n')], "did you mean 'weight_decay'?"),
+    'text for a number': (lambda t: ['train', write_recipe(t, 'min_lr: 5e-4\n')], 'min_lr: '),
+    'no data': (lambda t: ['--data-dir', t / 'none'], 'no data folder'),
+    'no split': (lambda t: shutil.move(t / 'data/test', t / 'data/dev'), "no folder 'test' in"),
+    'empty class': (lambda t: [f.unlink() for f in (t / 'data/train/dog').iterdir()], 'no image in'),
+    'other classes': (lambda t: shutil.move(t / 'data/test/dog', t / 'data/test/fox'), 'hold different classes'),
+    'too few classes': (lambda t: ['--num-classes', '10'], 'the data have 2 classes, the recipe 10'),
+    'no border': (
+        lambda t: shutil.rmtree(t / 'data/train') or shutil.copytree(t / 'data/test', t / 'data/train'),
+        '--pad 4',
+    ),
+    'no torchvision data': (lambda t: ['--dataset', 'torch/cifar10'], '--dataset-download fetches it'),
+    'unknown model': (lambda t: ['--model', 'regnet_20'], "unknown model 'regnet_20'"),
+    'unknown argument': (lambda t: ['--model-kwargs', 'regulater=1'], "unknown argument 'regulater'"),
+    'unknown flag': (lambda t: ['--epoch', '3'], 'unrecognized arguments: --epoch 3'),
+    'no number': (lambda t: ['--lr', 'high'], "invalid float value: 'high'"),
+    'our own flag': (lambda t: ['--resume', 'x'], '--resume is set by this command'),
+    'no train.py': (lambda t: ['--timm-dir', t], 'holds no train.py'),
+    'no process': (lambda t: ['--nproc', '0'], '--nproc must be at least 1'),
+    'repeated augmentation': (lambda t: ['--aug-repeats', '3'], 'over several processes only'),
+    'no results folder': (lambda t: ['--results', t / 'none' / 'results.csv'], 'give a file by --results'),
+}
+
+
+@pytest.mark.parametrize('case', BAD)
+def test_bad_input_is_one_line_before_anything_runs(capsys, argv, tmp_path, monkeypatch, case):
+    monkeypatch.setattr(training, 'train_options', lambda _: OPTIONS)  # read from the stand-in once, above
+    change, message = BAD[case]
+    words = change(tmp_path)
+    words = words if isinstance(words, list) and all(words) else []
+    full = [*words, *argv[2:]] if words[:1] == ['train'] else [*argv, *words]
+    assert message in refused(capsys, *full)
+    assert not (tmp_path / 'run').exists() and not (tmp_path / 'results.csv').exists()
+
+
+def test_a_full_disk_is_told_before(capsys, argv, monkeypatch):
+    monkeypatch.setattr(training.shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    assert 'has 1 MB free, the checkpoints take' in refused(capsys, *argv)
+
+
+def git(*words, cwd):
+    name = ['-c', 'user.name=t', '-c', 'user.email=t@example.org']
+    subprocess.run(['git', *name, *words], cwd=cwd, check=True, capture_output=True)
+
+
+def test_train_py_comes_from_the_tag_of_the_installed_timm(tmp_path, monkeypatch):
+    upstream = tmp_path / 'upstream'
+    (upstream / 'timm').mkdir(parents=True)
+    (upstream / 'train.py').write_text('parser = None\n')
+    (upstream / 'timm' / 'version.py').write_text(f"__version__ = '{timm.__version__}'\n")
+    git('init', '-q', cwd=upstream)
+    git('add', '.', cwd=upstream)
+    git('commit', '-q', '-m', 'x', cwd=upstream)
+    monkeypatch.delenv('TIMM_DIR', raising=False)
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    config = dict(COUNT='1', KEY_0=f'url.{upstream.as_uri()}.insteadOf', VALUE_0=training.TIMM_URL)
+    for key, value in config.items():
+        monkeypatch.setenv(f'GIT_CONFIG_{key}', value)
+    with pytest.raises(ValueError, match=f'cannot fetch train.py of timm {timm.__version__} .*give a checkout by'):
+        training.find_train_py(None)
+    assert list((tmp_path / 'cache' / 'timm_regnet_rnn').iterdir()) == [], 'nothing half-fetched'
+    git('tag', f'v{timm.__version__}', cwd=upstream)
+    train_py = training.find_train_py(None)
+    assert train_py.read_text() == 'parser = None\n' and tmp_path / 'cache' in train_py.parents
+    shutil.rmtree(upstream)
+    assert training.find_train_py(None) == train_py, 'fetched once'
+    train_py.write_text('parser = 1\n')
+    with pytest.raises(ValueError, match='not the unaltered tag'):
+        training.find_train_py(None)
+    monkeypatch.setenv('TIMM_DIR', str(STAND_IN))
+    assert training.find_train_py(None) == STAND_IN / 'train.py'
+
+
+@given(st.data())
+@settings(max_examples=50, deadline=None)
+def test_a_learning_curve_is_whole_however_often_the_run_was_cut(tmp_path_factory, data):
+    """train.py writes the header again after each resume, and the epoch again that was not saved."""
+    output = tmp_path_factory.mktemp('run')
+    epochs = data.draw(st.integers(1, 6))
+    start, lines, last = 0, [], {}
+    while start < epochs:
+        lines.append('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr')
+        stop = data.draw(st.integers(start + 1, epochs))
+        for epoch in range(start, stop):
+            last[epoch + 1] = data.draw(st.floats(0, 100))
+            lines.append(f'{epoch},1.0,2.0,{last[epoch + 1]!r},99.0,0.1')
+        start = stop if stop == epochs else data.draw(st.integers(max(0, stop - 1), stop))
+    if data.draw(st.booleans()):
+        lines.append(f'{epochs},1.0,2')  # cut off by a kill
+    (output / 'summary.csv').write_text('\n'.join(lines) + '\n')
+    curve = record.learning_curve(output)
+    assert [row['epoch'] for row in curve] == list(range(1, epochs + 1))
+    assert {row['epoch']: row['top1'] for row in curve} == last
+
+
+def test_no_checkpoint_runs_code(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'ran'),)
+
+    torch.save(dict(state_dict=Bomb(), optimizer={}, epoch=9), tmp_path / 'last.pth.tar')
+    (tmp_path / 'checkpoint-3.pth.tar').write_bytes(pickle.dumps(Bomb()))
+    assert record.newest_checkpoint(tmp_path) == (None, 0) and not (tmp_path / 'ran').exists()
+    torch.save(dict(state_dict={}, optimizer={}, epoch=4), tmp_path / 'tmp.pth.tar')
+    assert record.newest_checkpoint(tmp_path) == (tmp_path / 'tmp.pth.tar', 5)
+
+
+APPEND = """
+import sys
+from pathlib import Path
+from timm_regnet_rnn.record import COLUMNS, append_row
+for i in range(10):
+    append_row(Path(sys.argv[1]), dict.fromkeys(COLUMNS, 'x, "y"') | dict(run='same'), [])
+"""
+
+
+def test_rows_of_runs_that_end_together_are_all_there(tmp_path):
+    command = [sys.executable, '-c', APPEND, tmp_path / 'results.csv']
+    children = [subprocess.Popen(command) for _ in range(2)]
+    assert [child.wait() for child in children] == [0, 0]
+    written = rows(tmp_path / 'results.csv')
+    assert sorted(row['run'] for row in written) == sorted(['same', *(f'same-r{i}' for i in range(2, 21))])
+    assert all(row['dataset'] == 'x, "y"' for row in written)
+    assert len(list((tmp_path / 'curves').glob('*.csv'))) == 20
