@@ -259,7 +259,7 @@ def check_continuation(output: Path, settings: Dict[str, Any]) -> None:
     if not file.is_file():
         return
     before = yaml.safe_load(file.read_text(encoding='utf-8')) or {}
-    for name, value in settings.items():
+    for name, value in yaml.safe_load(yaml.safe_dump(settings)).items():  # as train.py writes it: tuples are lists
         if name not in FREE and name in before and before[name] != value:
             raise ValueError(
                 f'{str(output)!r} holds a run with {name} {before[name]!r}, not {value!r}; give another --output.'

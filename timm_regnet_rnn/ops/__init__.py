@@ -17,6 +17,7 @@ from . import reference
 __all__ = ['conv_rnn_step', 'conv_gru_step', 'conv_lstm_step', 'set_ops']
 
 OPS = ('', 'reference', 'fused')
+LANES = 16  # channels that the fused CPU op takes together
 State = Tuple[torch.Tensor, Optional[torch.Tensor]]
 
 
@@ -44,11 +45,20 @@ def fused_step(name: str, x: torch.Tensor) -> Optional[Callable[..., State]]:
     """
     if _ops == 'reference' or not isinstance(x, torch.Tensor) or torch.onnx.is_in_onnx_export():  # a Proxy of torch.fx
         return None
-    from . import fused_cpu
+    if x.device.type != 'cpu':
+        reason = f'the fused op is for the CPU, not for {x.device.type}'
+    elif x.dtype != torch.float32 or torch.is_autocast_enabled('cpu'):
+        reason = 'the fused op computes in float32, without autocast'
+    elif x.shape[1] % LANES:
+        reason = f'the fused op takes widths that are multiples of {LANES}, not {x.shape[1]}'
+    elif not x.is_contiguous(memory_format=torch.channels_last):
+        reason = 'the fused op takes channels_last tensors'
+    else:
+        from . import fused_cpu  # compiles at its first import
 
-    reason = fused_cpu.unavailable(x)
-    if not reason:
-        return fused_cpu.STEPS[name]
+        reason = fused_cpu.UNAVAILABLE
+        if not reason:
+            return fused_cpu.STEPS[name]
     if _ops == 'fused':
         raise RuntimeError(f'TIMM_REGNET_RNN_OPS=fused, but there is no fused op here: {reason}.')
     return None

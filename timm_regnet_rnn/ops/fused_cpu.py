@@ -1,11 +1,11 @@
-"""The fused regulator step on CPU: fused_cpu.cpp, compiled on first use, as ops that autograd and torch.compile know.
+"""The fused regulator step on CPU: fused_cpu.cpp as ops that autograd and torch.compile know.
 
-Forward saves its inputs only; backward computes the gates again. Compilation takes a few seconds, once per version of
-the source and kind of CPU; the library is kept in the user's cache. Without a C++ compiler there is no fused op.
+Forward saves its inputs only; backward computes the gates again. The first import compiles the source in a few seconds,
+once per version of it and kind of CPU, and keeps the library in the user's cache. Without a C++ compiler there is no
+fused op, and `UNAVAILABLE` says why.
 """
 
 import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -18,10 +18,9 @@ from typing import Dict, List, Optional, Tuple
 import torch
 from torch import Tensor
 
-__all__ = ['STEPS', 'unavailable']
+__all__ = ['STEPS', 'UNAVAILABLE']
 
 SOURCE = Path(__file__).with_name('fused_cpu.cpp')
-LANES = 16
 FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-fopenmp', '-shared', '-fPIC', '-Wno-psabi']
 CPU_FLAGS = {
     'AVX512': ['-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mavx2', '-mfma'],
@@ -64,7 +63,6 @@ def build() -> Path:
     return library
 
 
-@functools.cache
 def load() -> Tuple[Optional[ctypes.CDLL], str]:
     """The compiled library, or None and the reason in one line."""
     try:
@@ -73,17 +71,7 @@ def load() -> Tuple[Optional[ctypes.CDLL], str]:
         return None, str(e).splitlines()[0]
 
 
-def unavailable(x: Tensor) -> str:
-    """Why there is no fused op for inputs like x (B, N, H, W); empty if there is one."""
-    if x.device.type != 'cpu':
-        return f'the fused CPU op does not run on {x.device.type}'
-    if x.dtype != torch.float32 or torch.is_autocast_enabled('cpu'):
-        return 'the fused CPU op computes in float32 without autocast'
-    if x.shape[1] % LANES:
-        return f'the fused CPU op takes widths that are multiples of {LANES}, not {x.shape[1]}'
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return 'the fused CPU op takes channels_last tensors'
-    return load()[1]
+LIBRARY, UNAVAILABLE = load()  # at import, so that torch.compile finds a constant
 
 
 def _pointer(tensor: Optional[Tensor]) -> Optional[ctypes.c_void_p]:
@@ -92,7 +80,7 @@ def _pointer(tensor: Optional[Tensor]) -> Optional[ctypes.c_void_p]:
 
 def _call(name: str, x: Tensor, *tensors: Optional[Tensor]) -> None:
     sizes = map(ctypes.c_int64, x.shape)
-    getattr(load()[0], name)(torch.get_num_threads(), *sizes, *map(_pointer, tensors))
+    getattr(LIBRARY, name)(torch.get_num_threads(), *sizes, *map(_pointer, tensors))
 
 
 def _channels_last(tensor: Optional[Tensor]) -> Optional[Tensor]:

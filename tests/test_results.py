@@ -1,0 +1,495 @@
+"""train_recipes/results.py on made-up rows; the figures here are nobody's results."""
+
+import csv
+import importlib.util
+import inspect
+import json
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib
+import pytest
+from matplotlib.figure import Figure
+from timm.models.resnet import ResNet
+
+from timm_regnet_rnn.record import COLUMNS, CURVE
+from timm_regnet_rnn.regulated_resnet import RegulatedResNet
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / 'train_recipes' / 'results.py'
+_spec = importlib.util.spec_from_file_location('results', SCRIPT)
+results = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(results)
+
+PLANNED = [
+    *('cifar_resnet_20', 'regnet_convrnn_20', 'regnet_convgru_20', 'regnet_convlstm_20'),
+    *('cifar_seresnet_20', 'seregnet_convlstm_20', 'cifar_resnet_56', 'regnet_convlstm_56'),
+]
+SIZES = json.loads((ROOT / 'timm_regnet_rnn' / 'model_complexity.json').read_text())
+README = f'# Title\n\nbefore\n\n{results.START}\nold\n{results.END}\n\nafter\n'
+SHORT = dict(epochs=20, overrides='--decay-milestones 11 16 --epochs 20')
+
+
+def row(model='regnet_convlstm_20', top1=91.0, seed=1, **changes):
+    values = dict(
+        date='2026-01-02',
+        model=model,
+        model_kwargs='',
+        recipe='cifar_paper',
+        overrides='',
+        dataset='CIFAR-10, JPEG q75 mirror',
+        seed=seed,
+        epochs=200,
+        params=SIZES[model]['params'] if model in SIZES else 1,
+        macs=SIZES[model]['macs'] if model in SIZES else 1,
+        top1=top1,
+        top5=99.5,
+        weights='last',
+        best_epoch=7,
+        best_top1=99.87,
+        images_per_s=1000.5,
+        processes=1,
+        device='Some GPU',
+        versions='timm 1.0, torch 2.11',
+        commit='0123456789ab',
+    )
+    values.update(changes)
+    kwargs = re.sub(r'\W+', '-', values['model_kwargs'])
+    run = f'{model}-{kwargs}-{values["recipe"]}-e{values["epochs"]}-s{seed}'
+    return {'run': run, **values}
+
+
+class Project:
+    """results.csv, learning curves and README.md in a folder of their own."""
+
+    def __init__(self, folder, capsys):
+        self.results, self.readme, self.plots = folder / 'results.csv', folder / 'README.md', folder / 'plots'
+        self.capsys = capsys
+        self.readme.write_text(README, encoding='utf-8')
+
+    def write(self, *rows, columns=COLUMNS):
+        with open(self.results, 'w', newline='', encoding='utf-8') as file:
+            writer = csv.DictWriter(file, columns, extrasaction='ignore')
+            writer.writeheader()
+            writer.writerows(rows)
+        curves = self.results.parent / 'curves'
+        curves.mkdir(exist_ok=True)
+        for r in rows:
+            epochs = range(1, int(r['epochs']) + 1)
+            lines = [f'{e},0.1,{2 / e},1.0,{float(r["top1"]) * e / epochs[-1]},99' for e in epochs]
+            (curves / f'{r["run"]}.csv').write_text('\n'.join([','.join(CURVE), *lines, '']))
+        return self
+
+    def call(self, *argv):
+        status = results.main([str(a) for a in argv], self.results, self.readme)
+        out, self.err = self.capsys.readouterr()
+        assert out == ''
+        return status
+
+    def refused(self, *argv):
+        """The line that refuses these rows; nothing is written."""
+        before = self.readme.read_bytes()
+        assert self.call(*argv) == 2
+        assert self.readme.read_bytes() == before and not self.plots.exists()
+        assert self.err.startswith('results: ') and self.err.count('\n') == 1 and self.err.endswith('\n'), self.err
+        return self.err
+
+    def tables(self):
+        """Caption, header, and the cells by model of every table in the README."""
+        assert self.call() == 0, self.err
+        text = self.readme.read_text(encoding='utf-8')
+        start, rest = text.split(results.START)
+        middle, end = rest.split(results.END)
+        assert start == '# Title\n\nbefore\n\n' and end == '\n\nafter\n'
+        found = []
+        for block in re.split(r'\n\n(?=\*\*)', middle.strip('\n')):
+            caption, _, head, rule, *lines = block.strip().split('\n')
+            cut = [[cell.strip() for cell in line.strip('|').split('|')] for line in (head, rule, *lines)]
+            assert {len(cells) for cells in cut} == {len(cut[0])} and set(cut[1]) == {'---'}
+            rows = {cells[0].strip('`'): cells[1:] for cells in cut[2:]}
+            assert len(rows) == len(lines)
+            found.append((caption, cut[0], rows))
+        return found
+
+
+@pytest.fixture
+def project(tmp_path, capsys):
+    return Project(tmp_path, capsys)
+
+
+def test_readme_is_current():
+    """The tables in README.md are those that the rows in results.csv give."""
+    assert results.main(['--check']) == 0
+
+
+def test_script(monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['results.py', '--check'])
+    with pytest.raises(SystemExit, match='^0$'):
+        runpy.run_path(str(SCRIPT), run_name='__main__')
+
+
+def test_without_rows(project):
+    assert not project.results.exists()
+    ((caption, head, rows),) = project.tables()
+    assert list(rows) == PLANNED and len(head) == 11
+    assert rows['regnet_convlstm_20'][:2] == ['0.311', '0.049']
+    assert rows['cifar_resnet_56'][:2] == ['0.856', '0.126']
+    assert all(cells[2:] == [''] * 8 for cells in rows.values())
+    assert caption.startswith('**CIFAR-10, JPEG q75 mirror.**') and 'no runs yet' in caption
+    assert caption.count('200 epochs, no overrides.') == 2 and 'shortened' not in caption
+    project.write()  # a header alone
+    assert project.tables() == [(caption, head, rows)]
+
+
+def test_mean_and_deviation(project):
+    project.write(*(row(top1=t, top5=u, seed=s) for s, t, u in ((3, 94.0, 99.0), (1, 91.0, 98.0), (2, 92.0, 98.5))))
+    ((caption, head, rows),) = project.tables()
+    assert head[3:7] == ['`cifar_paper`: top-1', 'top-5', 'to its ResNet', 'seeds']
+    # mean 277 / 3; squares of -4/3, -1/3, 5/3 sum up to 14/3, halved and rooted 1.5275
+    assert rows['regnet_convlstm_20'][2:6] == ['92.33 ± 1.53', '98.50 ± 0.50', '', 'n = 3: 1, 2, 3']
+    assert all(cells[2:] == [''] * 8 for model, cells in rows.items() if model != 'regnet_convlstm_20')
+    assert caption.endswith('Last epoch; Some GPU; commit 0123456.')
+    assert '99.87' not in project.readme.read_text(encoding='utf-8')  # the best epoch's
+
+
+def test_one_run_has_no_deviation(project):
+    project.write(row(top1=91.234))
+    assert project.tables()[0][2]['regnet_convlstm_20'][2:6] == ['91.23', '99.50', '', 'n = 1: 1']
+
+
+def test_difference_is_paired_by_seed(project):
+    project.write(
+        *(row('cifar_resnet_20', t, s) for s, t in ((1, 90.0), (2, 91.5), (4, 50.0))),
+        *(row('regnet_convlstm_20', t, s) for s, t in ((1, 91.0), (2, 92.0), (3, 94.0))),
+        *(row('regnet_convgru_20', t, s) for s, t in ((1, 90.5), (2, 92.5))),
+        row('regnet_convrnn_20', 89.996, 1),
+        row('regnet_convlstm_56', 93.0, 1),
+        row('cifar_seresnet_20', 92.0, 2),
+        row('seregnet_convlstm_20', 91.5, 2),
+        row('seregnet_convlstm_20', 99.0, 3),
+    )
+    difference = {model: cells[4] for model, cells in project.tables()[0][2].items()}
+    assert difference == {
+        'cifar_resnet_20': '',
+        'regnet_convrnn_20': '+0.00',  # -0.004
+        'regnet_convgru_20': '+0.75 ± 0.35',  # 0.5 and 1
+        'regnet_convlstm_20': '+0.75 ± 0.35 (n = 2)',  # 1 and 0.5; nothing for seeds 3 and 4
+        'cifar_seresnet_20': '',
+        'seregnet_convlstm_20': '-0.50 (n = 1)',  # to the ResNet with SE
+        'cifar_resnet_56': '',
+        'regnet_convlstm_56': '',  # the ResNet of its depth was not run
+    }
+
+
+def test_difference_with_arguments(project):
+    project.write(
+        row('cifar_resnet_20', 90.0),
+        row('cifar_resnet_20', 89.0, model_kwargs='zero_init_last=False'),
+        row(model_kwargs='carry=raw regulated_stages=(1,)', top1=91.0),
+        row(model_kwargs='regulated_stages=(1,)  carry=raw', top1=93.0, seed=2, run='other order'),
+        row(model_kwargs='zero_init_last=False carry=raw', top1=91.0),
+        row(model_kwargs='act_layer=silu', top1=91.0),
+    )
+    rows = project.tables()[0][2]
+    assert rows['regnet_convlstm_20 carry=raw regulated_stages=(1,)'][2:6] == [
+        *('92.00 ± 1.41', '99.50 ± 0.00', '+1.00 (n = 1)', 'n = 2: 1, 2')
+    ]
+    assert rows['regnet_convlstm_20 carry=raw zero_init_last=False'][4] == '+2.00'
+    assert rows['regnet_convlstm_20 act_layer=silu'][4] == ''
+    assert rows['regnet_convlstm_20'][2:6] == [''] * 4
+    assert list(rows)[3:5] == ['regnet_convgru_20', 'regnet_convlstm_20']
+
+
+def test_regulator_arguments_are_those_of_the_class():
+    ours, timms = (set(inspect.signature(cls.__init__).parameters) for cls in (RegulatedResNet, ResNet))
+    assert set(results.REGULATOR_KWARGS) == ours - timms - {'kwargs'}
+
+
+@pytest.mark.parametrize(
+    'model, resnet',
+    [
+        ('regnet_convgru_110', 'cifar_resnet_110'),
+        ('seregnet_convrnn_32', 'cifar_seresnet_32'),
+        ('regnet_convlstm_50', 'resnet50'),
+        ('seregnet_convlstm_152', 'seresnet152'),
+        ('cifar_resnet_20', None),
+        ('regnet_convlstm_50.resnet50_a1_in1k', None),  # starts elsewhere
+    ],
+)
+def test_resnet_of(model, resnet):
+    assert results.resnet_of((model, '')) == (resnet and (resnet, ''))
+
+
+def test_recipes_stand_side_by_side(project):
+    project.write(
+        row(top1=91.0),
+        row(top1=94.0, recipe='cifar_modern', weights='ema', device='Other, 2 threads', commit=''),
+        row('cifar_resnet_20', 93.5, recipe='cifar_modern', weights='ema', commit='fedcba987654-dirty'),
+    )
+    ((caption, _, rows),) = project.tables()
+    assert rows['regnet_convlstm_20'][2:] == ['91.00', '99.50', '', 'n = 1: 1', '94.00', '99.50', '+0.50', 'n = 1: 1']
+    assert rows['cifar_resnet_20'][2:] == ['', '', '', '', '93.50', '99.50', '', 'n = 1: 1']
+    paper, modern = caption.split('[`cifar_modern`]')
+    assert 'EMA' not in paper and '200 epochs, no overrides, EMA weights.' in modern
+    assert modern.endswith('Last epoch; Other, 2 threads; Some GPU; commit 0123456, fedcba9-dirty, unknown.')
+
+
+def test_other_settings_are_tables_of_their_own(project):
+    project.write(
+        row(**SHORT, top1=80.0),
+        row('cifar_resnet_20', 79.0, **SHORT),
+        row(top1=81.0, dataset='CIFAR-10', run='lossless'),
+        row(top1=82.0, overrides='--lr 0.05', run='lr'),
+        row(top1=83.0, recipe='fashion_mnist', epochs=10, dataset='Fashion-MNIST'),
+        row(top1=84.0, epochs=100, overrides='--epochs 100'),
+    )
+    planned, *others = project.tables()
+    assert all(cells[2:] == [''] * 8 for cells in planned[2].values())
+    tops = [{model: cells[2] for model, cells in rows.items()} for _, _, rows in others]
+    name = 'regnet_convlstm_20'
+    assert tops == [
+        *({name: '81.00'}, {name: '82.00'}, {name: '83.00'}),
+        *({'cifar_resnet_20': '79.00', name: '80.00'}, {name: '84.00'}),
+    ]
+    assert others[3][2][name][2:] == ['80.00', '99.50', '+1.00', 'n = 1: 1']
+    lossless, rate, fashion, short, shorter = (caption for caption, _, _ in others)
+    assert lossless.startswith(
+        '**CIFAR-10.** [`cifar_paper`](train_recipes/cifar_paper.yaml): 200 epochs, no overrides.'
+    )
+    assert '200 epochs, `--lr 0.05`.' in rate
+    assert 'fashion_mnist.yaml): 10 epochs, no overrides.' in fashion  # its full length
+    assert 'shortened to 20 of 200 epochs, `--decay-milestones 11 16 --epochs 20`.' in short
+    assert 'shortened to 100 of 200 epochs' in shorter
+    assert not any('shortened' in caption for caption in (planned[0], lossless, rate, fashion))
+
+
+def test_sizes_come_from_the_rows(project):
+    project.write(
+        row('regnet_convlstm_50', 75.0, recipe='imagenet_a3', epochs=100, dataset='ImageNet-1k'),
+        row(
+            'resnet50', 74.0, recipe='imagenet_a3', epochs=100, dataset='ImageNet-1k', params=25557032, macs=4089184256
+        ),
+    )
+    rows = project.tables()[1][2]
+    assert rows['resnet50'][:3] == ['25.56', '4.09', '74.00']
+    assert list(rows) == ['resnet50', 'regnet_convlstm_50'] and rows['regnet_convlstm_50'][4] == '+1.00'
+
+
+def test_check_detects_a_changed_figure(project):
+    assert project.write(row(top1=91.0)).call('--check') == 1
+    assert project.readme.read_text(encoding='utf-8') == README
+    assert project.call() == 0
+    written = project.readme.read_bytes()
+    assert project.call('--check') == 0 and project.err == ''
+    assert project.call() == 0 and project.readme.read_bytes() == written
+    project.write(row(top1=91.01))
+    assert project.call('--check') == 1
+    assert project.err.startswith('results: ') and project.err.count('\n') == 1
+    assert project.readme.read_bytes() == written
+    project.readme.write_bytes(written.replace(b'91.00', b'91.01'))
+    assert project.call('--check') == 0
+
+
+@pytest.mark.parametrize(
+    'rows, message',
+    [
+        ([dict(top1='high')], 'line 2: top1 is no number'),
+        ([dict(top1='')], 'top1 is no number'),
+        ([dict(params='1e5')], 'params is no number'),
+        ([dict(seed='x')], 'seed is no number'),
+        ([dict(images_per_s='fast')], 'images_per_s is no number'),
+        ([dict(top1='nan')], 'not percentages'),
+        ([dict(top1=100.1, top5=100.2)], 'not percentages'),
+        ([dict(top1=-1)], 'not percentages'),
+        ([dict(top1=99.6)], 'not percentages'),  # above top5
+        ([dict(best_top1='inf')], 'not percentages'),
+        ([dict(epochs=0)], 'below 1'),
+        ([dict(model='regnetx_002')], 'unknown model'),
+        ([dict(model='')], 'unknown model'),
+        ([dict(recipe='secret')], "no recipe 'secret'"),
+        ([dict(weights='best')], 'weights are last or ema'),
+        ([dict(dataset=' ')], 'empty dataset'),
+        ([dict(run='../run')], 'no file name'),
+        ([dict(overrides='--aa a|b')], 'would break the table'),
+        ([dict(device=results.END)], 'would break the table'),
+        ([dict(run='a'), dict(run='a', seed=2)], "'a' repeats 'a'"),
+        ([dict(run='a'), dict(run='b')], "'b' repeats 'a'"),  # the same settings and seed
+        ([dict(run='a'), dict(seed=2, weights='ema')], 'ema weights'),
+        ([dict(run='a'), dict(seed=2, params=5)], '5 params'),
+        ([dict(), dict(seed=2), dict(seed=3, top5='?')], 'line 4: top5 is no number'),
+    ],
+)
+def test_unsound_rows(project, rows, message):
+    project.results.write_text('')
+    with open(project.results, 'w', newline='') as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(row(**changes) for changes in rows)
+    for argv in ((), ('--check',), ('--plots', project.plots)):
+        assert message in project.refused(*argv)
+
+
+@pytest.mark.parametrize('column', COLUMNS)
+def test_missing_column(project, column):
+    project.write(row(), columns=[name for name in COLUMNS if name != column])
+    assert f'no column {column}' in project.refused()
+
+
+def test_broken_files(project):
+    project.write(row())
+    text = project.results.read_text()
+    project.results.write_text(text.rstrip('\n').rsplit(',', 1)[0] + '\n')
+    assert 'line 2: not as many fields' in project.refused()
+    project.results.write_text(text.rstrip('\n') + ',more\n')
+    assert 'line 2: not as many fields' in project.refused()
+    project.results.write_bytes(b'\xff\xfe\x00')
+    assert 'results.csv' in project.refused()
+    project.results.write_text('')
+    assert 'no column run' in project.refused()
+    project.results.unlink()
+    project.results.mkdir()
+    project.refused()
+
+
+def test_throughput_may_be_unknown(project):
+    project.write(row(images_per_s=''))
+    assert project.tables()[0][2]['regnet_convlstm_20'][2] == '91.00'
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        *('nothing', results.START, results.END, f'{results.END}\n{results.START}'),
+        *(README + results.START, README + results.END, README + README),
+    ],
+)
+def test_readme_without_markers(project, text):
+    project.write(row()).readme.write_text(text, encoding='utf-8')
+    for argv in ((), ('--check',), ('--plots', project.plots)):
+        assert 'markers' in project.refused(*argv)
+
+
+def test_no_readme(project):
+    project.readme.unlink()
+    assert project.call() == 2 and project.err.count('\n') == 1
+    assert not project.readme.exists()
+
+
+def test_readme_is_replaced_at_once(project, monkeypatch):
+    def fail(*args):
+        raise OSError('disk full')
+
+    project.write(row())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'replace', fail)
+        assert 'disk full' in project.refused()
+    assert sorted(path.name for path in project.readme.parent.iterdir()) == ['README.md', 'curves', 'results.csv']
+
+
+ALL = [
+    *(row('cifar_resnet_20', 90.0 + s, s) for s in (1, 2)),
+    *(row('regnet_convlstm_20', 91.0 + s, s) for s in (1, 3)),
+    row('regnet_convlstm_20', 90.5, model_kwargs='carry=raw'),
+    row('seregnet_convlstm_20', 92.0),
+    row('regnet_convlstm_56', 94.0),
+    row('regnet_convlstm_20', 80.0, **SHORT),
+]
+
+
+def test_plots_depend_on_rows_alone(project):
+    names = ['accuracy_macs.svg', 'accuracy_params.svg', 'learning_curves.svg']
+
+    def plots():
+        assert project.call('--plots', project.plots) == 0, project.err
+        assert sorted(path.name for path in project.plots.iterdir()) == names
+        return [(project.plots / name).read_bytes() for name in names]
+
+    few = ALL[1:4]
+    first = project.write(*few) and plots()
+    assert '93.00 ± 1.41' in project.readme.read_text(encoding='utf-8')
+    for data in first:
+        paths = ElementTree.fromstring(data).iter('{http://www.w3.org/2000/svg}path')
+        assert len(list(paths)) > 50 and b'<dc:date>' not in data
+    with matplotlib.rc_context({'lines.linewidth': 9, 'font.size': 30}):  # of the user's
+        assert plots() == first
+    project.write(*few[:-1], dict(few[-1], top1=94.01))
+    assert all(a != b for a, b in zip(plots(), first))
+
+
+def test_accuracy_plot(project):
+    groups = results.read_runs(project.write(*ALL).results)
+    figure = Figure()
+    results.draw_accuracy(figure, groups, 'params', 1e6, 'parameters (millions)')
+    full, short = figure.axes
+    assert full.get_title() == 'CIFAR-10, JPEG q75 mirror\ncifar_paper, 200 epochs, no overrides'
+    assert short.get_title().startswith('CIFAR-10, JPEG q75 mirror\ncifar_paper, shortened to 20 of 200 epochs')
+    assert (full.get_xlabel(), full.get_ylabel()) == ('parameters (millions)', 'top-1 on the test split (%)')
+    drawn = {}
+    for container in full.containers:
+        line, _, (bars,) = container
+        style = line.get_marker(), line.get_markerfacecolor() == 'white', line.get_markersize()
+        heights = [abs(b[1] - a[1]) / 2 for a, b in (s for s in bars.get_segments() if len(s))]
+        drawn[style] = list(zip(line.get_xdata(), line.get_ydata())), [h for h in heights if h == h]
+    size = {name: counts['params'] / 1e6 for name, counts in SIZES.items()}
+    deviation = pytest.approx([0.5**0.5])
+    assert drawn.pop(('o', False, 7)) == ([(size['cifar_resnet_20'], 91.5)], deviation)
+    points, bars = drawn.pop(('D', False, 7))
+    assert points == [(size['regnet_convlstm_20'], 93.0), (size['regnet_convlstm_56'], 94.0)]
+    assert bars == pytest.approx([2**0.5])
+    assert drawn.pop(('D', True, 7)) == ([(size['seregnet_convlstm_20'], 92.0)], [])
+    assert drawn.pop(('D', False, 4)) == ([(size['regnet_convlstm_20'], 90.5)], [])
+    assert not drawn
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert texts == ['ResNet', 'ConvLSTM', 'SE-ConvLSTM', 'ConvLSTM, other arguments']
+
+
+def test_learning_curves(project):
+    groups = results.read_runs(project.write(*ALL).results)
+    figure = Figure(layout='constrained')
+    results.draw_curves(figure, groups, project.results.parent / 'curves')
+    loss, top1, late, *short = figure.axes
+    assert len(short) == 3 and [len(axes.lines) for axes in figure.axes] == [7] * 3 + [1] * 3
+    assert [axes.get_xlabel() for axes in figure.axes] == ['epoch'] * 6
+    assert loss.get_ylabel() == 'training loss' and top1.get_ylabel() == 'top-1 on the test split (%)'
+    assert late.get_ylabel() == 'top-1 after epoch 150 (%)'
+    assert list(loss.lines[0].get_xdata()) == list(range(1, 201)) and loss.lines[0].get_ydata()[1] == 1.0
+    assert [line.get_ydata()[-1] for line in top1.lines] == [91.0, 92.0, 92.0, 94.0, 90.5, 92.0, 94.0]
+    assert list(late.lines[0].get_xdata()) == list(range(151, 201)) and late.lines[0].get_ydata()[-1] == 91.0
+    styles = [(line.get_color(), line.get_linestyle()) for line in top1.lines]
+    assert styles[0] == styles[1] and styles[2] == styles[3] and len(set(styles)) == 5  # seeds look alike
+    assert [style for _, style in styles] == ['--', '--', '-', '-', '-', '-', '-']
+    assert styles[2] == (short[1].lines[0].get_color(), '-')  # nor do other tables change a model's colour
+    titles = [strip.get_suptitle() for strip in figure.subfigs]
+    assert titles[1] == (
+        'CIFAR-10, JPEG q75 mirror\ncifar_paper, shortened to 20 of 200 epochs, --decay-milestones 11 16 --epochs 20'
+    )
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        *('cifar_resnet_20', 'regnet_convlstm_20', 'regnet_convlstm_20 carry=raw'),
+        *('seregnet_convlstm_20', 'regnet_convlstm_56'),
+    ]
+
+
+def test_curve_must_be_whole(project):
+    project.write(*ALL)
+    path = project.results.parent / 'curves' / f'{ALL[0]["run"]}.csv'
+    text = path.read_text()
+    path.write_text(text[: text.rstrip().rindex('\n') + 1])
+    assert 'does not end at epoch 200' in project.refused('--plots', project.plots)
+    path.write_text(text.replace('train_loss', 'loss'))
+    assert 'no column train_loss' in project.refused('--plots', project.plots)
+    path.unlink()
+    assert path.name in project.refused('--plots', project.plots)
+    assert project.call() == 0  # the tables need no curves
+
+
+def test_plots_without_runs_or_matplotlib(project, monkeypatch):
+    assert 'no runs to plot' in project.refused('--plots', project.plots)
+    project.write(row())
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    assert "pip install '.[plot]'" in project.refused('--plots', project.plots)
+    assert project.call() == 0
