@@ -43,7 +43,11 @@ def fused_step(name: str, x: torch.Tensor) -> Optional[Callable[..., State]]:
     Raises:
         RuntimeError: 'fused' was asked for and is not to be had.
     """
-    if _ops == 'reference' or not isinstance(x, torch.Tensor) or torch.onnx.is_in_onnx_export():  # a Proxy of torch.fx
+    if _ops == 'reference' or torch.onnx.is_in_onnx_export():
+        return None
+    if (
+        not isinstance(x, torch.Tensor) or x.device.type == 'meta'
+    ):  # torch.fx traces with proxies; meta computes nothing
         return None
     if x.device.type != 'cpu':
         reason = f'the fused op is for the CPU, not for {x.device.type}'
