@@ -116,6 +116,7 @@ def test_dry_run_prints_the_command(capsys, argv, tmp_path):
     assert '--amp' not in words and '--timm-dir' not in words
     out = call(capsys, *argv, '--nproc', '3', '--dry-run')[1]
     assert '-m torch.distributed.run --standalone --nproc_per_node 3 -m timm_regnet_rnn run' in out
+    assert '--device-modules timm_regnet_rnn timm_regnet_rnn.cpu_ddp' in out
     os.chdir(tmp_path)
     where = argv.index('--output')
     out = call(capsys, *argv[:where], *argv[where + 2 :], '--dry-run')[1]

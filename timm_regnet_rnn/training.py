@@ -362,6 +362,8 @@ def train(
         command += ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(nproc)]
     command += ['-m', 'timm_regnet_rnn', 'run', str(train_py), '--config', recipe, '--model', model]
     command += ['--data-dir', data_dir, *auto, *flags]
+    if nproc > 1 and settings['device'] == 'cpu':
+        command += ['--device-modules', *(settings['device_modules'] or ()), 'timm_regnet_rnn.cpu_ddp']
     command += ['--output', str(folder.parent), '--experiment', folder.name]
     if dry_run:
         checkpoint, _ = newest_checkpoint(folder)

@@ -49,7 +49,7 @@ def main():
     x, y = torch.stack([image for image, _ in batch]).to(device), torch.tensor([label for _, label in batch])
     optimizer = torch.optim.SGD(model.parameters(), lr=args.lr, momentum=0.9)
     start = (resume_checkpoint(model, args.resume, optimizer) if args.resume else None) or 0
-    trained = torch.nn.parallel.DistributedDataParallel(model) if args.distributed else model
+    trained = torch.nn.parallel.DistributedDataParallel(model, [device]) if args.distributed else model
     print(f'rank {args.rank} of {args.world_size} starts at epoch {start}', flush=True)
     folder = utils.get_outdir(args.output, args.experiment)
     saver = utils.CheckpointSaver(model, optimizer, args, checkpoint_dir=folder, max_history=args.checkpoint_hist)
