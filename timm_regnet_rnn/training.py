@@ -209,6 +209,23 @@ def check_model(settings: Dict[str, Any]) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def total_epochs(settings: Dict[str, Any]) -> int:
+    """How many epochs train.py will run: by timm's scheduler, which may add warm-up, cycles and cool-down.
+
+    Raises:
+        ValueError: There is no such schedule.
+    """
+    import torch
+    from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        kwargs = scheduler_kwargs(argparse.Namespace(**settings))
+        return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1)[1]
+    except (AssertionError, TypeError, ValueError) as e:
+        raise ValueError(f'the schedule cannot be built: {(str(e).splitlines() or ["unknown setting"])[0]}') from None
+
+
 def check_room(folder: Path, parameters: int, settings: Dict[str, Any]) -> None:
     """Refuse to start where the checkpoints of the run would not find room, or cannot be written.
 
@@ -349,6 +366,7 @@ def train(
     if settings['aug_repeats'] and nproc == 1:
         raise ValueError('timm repeats augmentations over several processes only; give --nproc or --aug-repeats 0.')
     parameters = check_model(settings)
+    total = total_epochs(settings)
     check_data(settings)
     name = run_name(settings, Path(recipe))
     folder = Path(output) if output else Path('output') / name
@@ -380,10 +398,8 @@ def train(
         check_continuation(folder, settings)
         checkpoint, done = newest_checkpoint(folder)
         if checkpoint:
-            print(f'{folder}: {done} of {settings["epochs"]} epochs done', flush=True)
+            print(f'{folder}: {done} of {total} epochs done', flush=True)
             command += ['--resume', str(checkpoint)]
-        total = settings['epochs'] + settings['cooldown_epochs']
-        total += settings['warmup_epochs'] if settings['warmup_prefix'] else 0
         if done < total:
             os.set_inheritable(lock.fileno(), True)
             status = run_logged(command, folder / 'train.log', lock.fileno())
