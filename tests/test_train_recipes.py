@@ -286,13 +286,13 @@ def checkout(tmp_path):
 
 def test_options_come_from_the_parser(checkout):
     assert train_options(checkout / 'train.py') == dict(
-        data=dict(type='str', nargs='?'),
-        batch_size=dict(type='int'),
-        scale=dict(type='float', nargs='+'),
-        input_size=dict(type='int', nargs=3),
-        amp=dict(type='bool'),
-        mode=dict(type='str', choices=['a', 'b']),
-        model_kwargs=dict(type='kwargs', nargs='*'),
+        data=dict(type='str', flags=[], default=None, nargs='?'),
+        batch_size=dict(type='int', flags=['--batch-size', '-b'], default=128),
+        scale=dict(type='float', flags=['--scale'], default=None, nargs='+'),
+        input_size=dict(type='int', flags=['--input-size'], default=None, nargs=3),
+        amp=dict(type='bool', flags=['--amp'], default=False),
+        mode=dict(type='str', flags=['--mode'], default=None, choices=['a', 'b']),
+        model_kwargs=dict(type='kwargs', flags=['--model-kwargs'], default=None, nargs='*'),
     )
 
 

@@ -45,6 +45,12 @@ def argv(tmp_path, data):
     return ['train', RECIPES / 'cifar_paper.yaml', *model, *flags, *where, '--timm-dir', STAND_IN]
 
 
+@pytest.fixture
+def recorded(monkeypatch):
+    """The stand-in's options without asking it; that they are the same is a test of its own."""
+    monkeypatch.setattr(training, 'train_options', lambda _: OPTIONS)
+
+
 def rows(file):
     return list(csv.DictReader(file.open(encoding='utf-8')))
 
@@ -106,7 +112,7 @@ def test_two_processes(capsys, argv, tmp_path):
     assert rows(tmp_path / 'results.csv')[0]['processes'] == '2'
 
 
-def test_dry_run_prints_the_command(capsys, argv, tmp_path):
+def test_dry_run_prints_the_command(capsys, recorded, argv, tmp_path, monkeypatch):
     status, out, _ = call(capsys, *argv, '--dry-run')
     words = out.split()
     assert status == 0 and out.count('\n') == 1 and not (tmp_path / 'run').exists()
@@ -117,13 +123,13 @@ def test_dry_run_prints_the_command(capsys, argv, tmp_path):
     out = call(capsys, *argv, '--nproc', '3', '--dry-run')[1]
     assert '-m torch.distributed.run --standalone --nproc_per_node 3 -m timm_regnet_rnn run' in out
     assert '--device-modules timm_regnet_rnn timm_regnet_rnn.cpu_ddp' in out
-    os.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)
     where = argv.index('--output')
     out = call(capsys, *argv[:where], *argv[where + 2 :], '--dry-run')[1]
     assert '--output output --experiment regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-data-e3-s7' in out
 
 
-def test_a_folder_takes_one_run_at_a_time(capsys, argv, tmp_path):
+def test_a_folder_takes_one_run_at_a_time(capsys, recorded, argv, tmp_path):
     import fcntl
 
     (tmp_path / 'run').mkdir()
@@ -165,8 +171,7 @@ BAD = {
 
 
 @pytest.mark.parametrize('case', BAD)
-def test_bad_input_is_one_line_before_anything_runs(capsys, argv, tmp_path, monkeypatch, case):
-    monkeypatch.setattr(training, 'train_options', lambda _: OPTIONS)  # read from the stand-in once, above
+def test_bad_input_is_one_line_before_anything_runs(capsys, recorded, argv, tmp_path, case):
     change, message = BAD[case]
     words = change(tmp_path)
     words = words if isinstance(words, list) and all(words) else []
@@ -175,7 +180,7 @@ def test_bad_input_is_one_line_before_anything_runs(capsys, argv, tmp_path, monk
     assert not (tmp_path / 'run').exists() and not (tmp_path / 'results.csv').exists()
 
 
-def test_a_full_disk_is_told_before(capsys, argv, monkeypatch):
+def test_a_full_disk_is_told_before(capsys, recorded, argv, monkeypatch):
     monkeypatch.setattr(training.shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     assert 'has 1 MB free, the checkpoints take' in refused(capsys, *argv)
 
