@@ -1,14 +1,7 @@
-import http.server
-import os
-import subprocess
-import sys
-import threading
-
 import pytest
 import timm
 import torch
 from conftest import randomize, scaled_error
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -164,73 +157,3 @@ def test_own_checkpoint_passes_through():
     model = timm.create_model('regnet_convgru_20')
     state = model.state_dict()
     assert checkpoint_filter_fn(state, model) is state
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the Hub as huggingface_hub asks for when it downloads one file."""
-
-    file = None
-
-    def do_HEAD(self, body=False):
-        if self.path != '/timm/resnet18.a1_in1k/resolve/main/model.safetensors':
-            self.send_error(404)
-            return
-        data = self.file.read_bytes()
-        self.send_response(200)
-        for name, value in (('ETag', '"' + 'a' * 64 + '"'), ('X-Repo-Commit', 'b' * 40), ('Content-Length', len(data))):
-            self.send_header(name, str(value))
-        self.end_headers()
-        if body:
-            self.wfile.write(data)
-
-    def do_GET(self):
-        self.do_HEAD(body=True)
-
-    def log_message(self, *args):
-        pass
-
-
-FROM_HUB = """
-import sys, timm, torch, timm_regnet_rnn
-from safetensors.torch import load_file
-resnet = timm.create_model('resnet18').eval()
-resnet.load_state_dict(load_file(sys.argv[1]))
-x = torch.randn(1, 3, 64, 64)
-for kwargs in ({}, dict(in_chans=1, num_classes=5), dict(features_only=True), dict(num_classes=0)):
-    model = timm.create_model('regnet_convlstm_18', pretrained=True, **kwargs).eval()
-    with torch.no_grad():
-        if not kwargs:
-            assert (model(x) - resnet(x)).abs().max() < 1e-5 * resnet(x).abs().max()
-        elif kwargs == dict(num_classes=0):
-            expected = resnet.forward_head(resnet.forward_features(x), pre_logits=True)
-            assert (model(x) - expected).abs().max() < 1e-5 * expected.abs().max()
-        else:
-            model(x[:, :kwargs.get('in_chans', 3)])
-via_name = timm_regnet_rnn.from_resnet('resnet18.a1_in1k', regulator='convgru').eval()
-with torch.no_grad():
-    assert (via_name(x) - resnet(x)).abs().max() < 1e-5 * resnet(x).abs().max()
-print('same function')
-"""
-
-
-def test_pretrained_tag_downloads_timms_weights(tmp_path):
-    """`pretrained=True` through the unmodified timm and huggingface_hub, from a server of the test's own."""
-    Hub.file = tmp_path / 'model.safetensors'
-    save_file(randomize(timm.create_model('resnet18')).state_dict(), Hub.file)
-    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = dict(
-        os.environ,
-        HF_ENDPOINT=f'http://127.0.0.1:{server.server_port}',
-        HF_HOME=str(tmp_path / 'hf'),
-        HF_HUB_OFFLINE='0',
-        HF_HUB_DISABLE_TELEMETRY='1',
-    )
-    try:
-        done = subprocess.run(
-            [sys.executable, '-c', FROM_HUB, Hub.file], env=environment, capture_output=True, text=True, timeout=200
-        )
-    finally:
-        server.shutdown()
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert 'same function' in done.stdout

@@ -63,13 +63,27 @@ def _check_file(path: Union[str, Path]) -> None:
 
 
 def _create_regnet(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    located = {}
     if pretrained:
-        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        if cfg.file and not cfg.source:  # with a source, `file` is a folder
+        overlay = kwargs.get('pretrained_cfg_overlay')
+        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+        from_hub = cfg.hf_hub_id and not (cfg.file or cfg.state_dict or cfg.url)
+        if cfg.source == 'hf-hub' or (from_hub and not cfg.source):
+            from .pull import pull
+
+            file = pull(cfg.hf_hub_id, cfg.hf_hub_filename, kwargs.get('cache_dir'))
+            located = dict(file=cfg.file, source=cfg.source)
+            kwargs['pretrained_cfg_overlay'] = {**(overlay or {}), 'file': str(file), 'source': None}
+        elif cfg.file and not cfg.source:  # with a source, `file` is a folder
             _check_file(cfg.file)
     model = build_model_with_cfg(
         RegulatedResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
     )
+    if located:  # where the file lies in this machine's cache is nothing to remember
+        for name, value in located.items():
+            model.pretrained_cfg.pop(name, None)
+            if value is not None:
+                model.pretrained_cfg[name] = value
     if not isinstance(model, RegulatedResNet) and hasattr(model, 'conv1'):
         link_stem(model)  # features_only took the net apart
     return model

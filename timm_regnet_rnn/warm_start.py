@@ -211,7 +211,12 @@ def from_resnet(
         if not timm.is_model(resnet):
             raise ValueError(f"unknown model {resnet!r}; timm.list_models('*resnet*') lists the names.")
         adapt = {k: kwargs.pop(k) for k in ('num_classes', 'in_chans') if k in kwargs}
-        resnet = timm.create_model(resnet, pretrained=pretrained, cache_dir=cache_dir, **adapt)
+        cfg = timm.get_pretrained_cfg(resnet)
+        if pretrained and cfg is not None and cfg.hf_hub_id:
+            from .pull import pull
+
+            adapt['pretrained_cfg_overlay'] = dict(file=str(pull(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)))
+        resnet = timm.create_model(resnet, pretrained=pretrained, **adapt)
     if not isinstance(resnet, ResNet) or isinstance(resnet, RegulatedResNet):
         raise TypeError(f"from_resnet takes a model of timm's ResNet class, got {type(resnet).__name__}.")
     for name in ('num_classes', 'in_chans'):
