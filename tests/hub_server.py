@@ -314,8 +314,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if rst:
             time.sleep(0.05)  # a reset overtakes what was sent just before it
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-            self.rfile.close()  # it holds the socket open, and then a FIN goes out first
-            self.connection.close()
+            self.connection.close()  # before the base class shuts it down, which would send a FIN first
 
     def dispatch(self):
         path, _, query = self.path.partition('?')
@@ -450,8 +449,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             path = value['path']
             if key == 'file':
                 changes[path] = File(base64.b64decode(value['content']), lfs=False)
-                if changes[path].size > LARGEST_REGULAR_FILE:
-                    raise HubError(400, 'Your push was rejected because it contains files larger than 10 MiB.')
             elif key == 'lfsFile':
                 if value['oid'] not in repo.objects:
                     raise HubError(400, 'Your push was rejected: an LFS pointer points to a file that does not exist.')
