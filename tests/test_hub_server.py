@@ -4,9 +4,9 @@ import http.client
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
-import socket
 import threading
 import time
 from functools import partial
@@ -355,7 +355,7 @@ def test_metadata(hub):
     # `git hash-object` of b'one\ntwo\n', and of the LFS pointer to b'abc'
     assert files['extra/notes.txt'].blob_id == '814f4a422927b82f5f8a43f8fab6d3839e3983f2'
     pointer = File(b'abc', lfs=True)
-    assert (pointer.blob_id, pointer.pointer_size) == ('80d7d501c2b256023dc42e46d958b9ac2ec283ee', 124)
+    assert (pointer.blob_id, pointer.pointer_size) == ('80d7d501c2b256023dc42e46d958b9ac2ec283ee', 126)
 
 
 def test_end_of_the_server():

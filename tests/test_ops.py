@@ -11,7 +11,7 @@ import torch
 from conftest import randomize, scaled_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.library import opcheck
+from torch import library as torch_library
 
 from timm_regnet_rnn import ops
 from timm_regnet_rnn.conv_rnn import CELLS
@@ -129,7 +129,7 @@ def test_saturated_gates_stay_finite(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_torch_knows_the_op(name, state):
     """Schema, fake kernel, autograd and AOT dispatch, by torch's own check."""
-    opcheck(getattr(torch.ops.timm_regnet_rnn, name).default, tuple(inputs(name, (2, 16, 3, 5), state)))
+    torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, name).default, tuple(inputs(name, (2, 16, 3, 5), state)))
 
 
 @pytest.mark.parametrize('name', NAMES)

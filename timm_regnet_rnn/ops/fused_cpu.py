@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Tuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 __all__ = ['STEPS', 'UNAVAILABLE']
 
@@ -47,20 +47,20 @@ def build() -> Path:
         raise OSError('no C++ compiler (g++, c++, clang++ or $CXX)')
     command = [*compiler.split(), *FLAGS, *CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
     key = hashlib.sha256(repr((command, platform.machine())).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    library = cache_dir() / f'fused_cpu-{key}.so'
-    if library.is_file():
-        return library
-    library.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(suffix='.so', dir=library.parent)
+    target = cache_dir() / f'fused_cpu-{key}.so'
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, scratch = tempfile.mkstemp(suffix='.so', dir=target.parent)
     os.close(handle)
     try:
         done = subprocess.run([*command, str(SOURCE), '-o', scratch], capture_output=True, text=True)
         if done.returncode:
             raise OSError(f'{compiler} failed: {(done.stderr.strip().splitlines() or ["no message"])[0]}')
-        os.replace(scratch, library)  # whole or not at all, whoever else is compiling
+        os.replace(scratch, target)  # whole or not at all, whoever else is compiling
     finally:
         Path(scratch).unlink(missing_ok=True)
-    return library
+    return target
 
 
 def load() -> Tuple[Optional[ctypes.CDLL], str]:
@@ -117,8 +117,8 @@ def _register(name: str, has_c: bool):
         _call(f'{name}_backward', x, weight, bias, x, h, c, dh_out, dc_out, dx, dh, dc, dweight, dbias)
         return [dx, dweight, dbias, *(grad for grad in (dh, dc) if grad is not None)]
 
-    forward = torch.library.custom_op(f'timm_regnet_rnn::{name}', forward, mutates_args=())
-    backward = torch.library.custom_op(f'timm_regnet_rnn::{name}_backward', backward, mutates_args=())
+    forward = library.custom_op(f'timm_regnet_rnn::{name}', forward, mutates_args=())
+    backward = library.custom_op(f'timm_regnet_rnn::{name}_backward', backward, mutates_args=())
 
     @forward.register_fake
     def _(x, h, c, weight, bias):
