@@ -129,6 +129,23 @@ def test_dry_run_prints_the_command(capsys, recorded, argv, tmp_path, monkeypatc
     assert '--output output --experiment regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-data-e3-s7' in out
 
 
+@pytest.mark.parametrize(
+    'cuda, given, flags',
+    [
+        (False, {}, '--device cpu --channels-last'),
+        (False, dict(device='cpu', channels_last=True), ''),
+        (True, {}, '--device cuda --channels-last --amp --amp-dtype bfloat16'),
+        (True, dict(amp=True), '--device cuda --channels-last'),
+        (True, dict(model_dtype='bfloat16'), '--device cuda --channels-last'),
+        (True, dict(device='cpu'), '--channels-last'),
+    ],
+)
+def test_flags_for_the_machine(monkeypatch, cuda, given, flags):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: True)
+    assert ' '.join(training.machine_flags(given, given)) == flags
+
+
 def test_a_folder_takes_one_run_at_a_time(capsys, recorded, argv, tmp_path):
     import fcntl
 
