@@ -282,6 +282,14 @@ def test_sizes_come_from_the_rows(project):
     assert rows['regnet_convlstm_50'][4] == '+1.00' and rows[tagged][4] == ''
 
 
+def test_check_detects_an_outdated_plot(project):
+    project.write(row(top1=91.0))
+    assert project.call('--plots', project.readme.parent / 'docs') == 0 and project.call('--check') == 0
+    curve = next((project.results.parent / 'curves').iterdir())
+    curve.write_text(curve.read_text().replace('0.1,', '0.2,', 1))
+    assert project.call('--check') == 1 and 'accuracy_macs.svg is not current' in project.err
+
+
 def test_check_detects_a_changed_figure(project):
     assert project.write(row(top1=91.0)).call('--check') == 1
     assert project.readme.read_text(encoding='utf-8') == README

@@ -1,7 +1,7 @@
 """Turn results.csv, one row per finished run, into the tables of README.md and into plots.
 
     python train_recipes/results.py               rewrite the tables
-    python train_recipes/results.py --check       write nothing; exit 1 if the tables are not current
+    python train_recipes/results.py --check       write nothing; exit 1 if tables, or plots in docs/, are not current
     python train_recipes/results.py --plots DIR   also draw accuracy_params.svg, accuracy_macs.svg, learning_curves.svg
 
 curves/RUN.csv holds the learning curve of a run. Nothing is written unless every row is sound.
@@ -9,6 +9,7 @@ curves/RUN.csv holds the learning curve of a run. Nothing is written unless ever
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import math
@@ -275,7 +276,13 @@ def draw_curves(figure, groups, folder):
     figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4)
 
 
-def draw(groups, folder):
+def digest(results):
+    """A sum over what plots are made from, which they carry so that an outdated one is found out."""
+    files = [results, *sorted((results.parent / 'curves').glob('*.csv'))]
+    return hashlib.sha256(b'\0'.join(file.read_bytes() for file in files if file.exists())).hexdigest()
+
+
+def draw(groups, folder, made_from=''):
     """The plots by file name, as bytes that depend on the runs alone; `folder` holds the learning curves.
 
     Raises:
@@ -302,7 +309,7 @@ def draw(groups, folder):
         for name, plot in plots.items():
             figure, buffer = Figure(layout='constrained'), io.BytesIO()
             plot(figure)
-            figure.savefig(buffer, format='svg', metadata=dict(Date=None, Creator=None))
+            figure.savefig(buffer, format='svg', metadata=dict(Date=None, Creator=None, Description=made_from))
             files[f'{name}.svg'] = buffer.getvalue()
     return files
 
@@ -322,17 +329,22 @@ def main(argv=None, results=HOME / 'results.csv', readme=HOME.parent / 'README.m
     """Exit status: 0, 1 if `--check` finds other tables than the rows give, 2 with one line for what is unsound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group()
-    action.add_argument('--check', action='store_true', help='write nothing; exit 1 if README.md is not current')
+    action.add_argument(
+        '--check', action='store_true', help='write nothing; exit 1 if README.md or a plot in docs/ is not current'
+    )
     action.add_argument('--plots', metavar='DIR', type=Path, help='also draw the plots there')
     args = parser.parse_args(argv)
     try:
         groups, old = read_runs(results), readme.read_text(encoding='utf-8')
         new = update(old, groups)
         if args.check:
-            if new != old:
-                print('results: README.md is not current; run `python train_recipes/results.py`', file=sys.stderr)
-            return int(new != old)
-        plots = draw(groups, results.parent / 'curves') if args.plots else {}
+            stale = ['README.md'] if new != old else []
+            plots = (readme.parent / 'docs').glob('*.svg')
+            stale += sorted(plot.name for plot in plots if digest(results) not in plot.read_text(encoding='utf-8'))
+            if stale:
+                print(f'results: {stale[0]} is not current; run results.py --plots docs', file=sys.stderr)
+            return int(bool(stale))
+        plots = draw(groups, results.parent / 'curves', digest(results)) if args.plots else {}
         for name, data in plots.items():
             write(args.plots / name, data)
         write(readme, new.encode())
