@@ -2,7 +2,8 @@
 
 `HF_ENDPOINT` (or `endpoint=`) leads a client here. The content of LFS files is behind a second port, because the Hub
 keeps it on other hosts: a client stops at the redirect to them and must not take its token along. Xet is not spoken:
-downloads do without what the server does not offer, but huggingface_hub 2 only uploads with HF_HUB_DISABLE_XET=1.
+downloads do without what the server does not offer, but huggingface_hub 2 uploads LFS files by it without asking,
+unless HF_HUB_DISABLE_XET=1 or they come as open file objects.
 """
 
 import base64
