@@ -483,8 +483,9 @@ print('same function')
 
 def test_timm(hub, tmp_path):
     """The unmodified timm, in a process that knows the stand-in from its environment only."""
-    model = randomize(timm.create_model('regnet_convrnn_20', num_classes=7, regulated_stages=(1, 3)))
-    timm.models.save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
+    kwargs = dict(regulated_stages=(1, 3))
+    model = randomize(timm.create_model('regnet_convrnn_20', num_classes=7, **kwargs))
+    timm.models.save_for_hf(model, tmp_path / 'saved', model_args=kwargs, safe_serialization=True)
     hub.add_repo('org/regnet', {path.name: path.read_bytes() for path in (tmp_path / 'saved').iterdir()})
     environment = dict(
         os.environ,

@@ -266,8 +266,9 @@ print('all the same')
 
 def test_create_model_takes_verified_files(hub, tmp_path):
     """Known tags, hf-hub: names and from_resnet; each through a bit that flips on its way."""
-    net = timm.create_model('regnet_convgru_20', layers=(1, 1, 1), num_classes=4, regulated_stages=(2, 3))
-    save_for_hf(randomize(net), tmp_path / 'net', safe_serialization=True)
+    kwargs = dict(layers=(1, 1, 1), regulated_stages=(2, 3))
+    net = randomize(timm.create_model('regnet_convgru_20', num_classes=4, **kwargs))
+    save_for_hf(net, tmp_path / 'net', model_args=kwargs, safe_serialization=True)  # timm 1.0.20 does not know them
     hub.add_repo('org/regnet', {p.name: p.read_bytes() for p in (tmp_path / 'net').iterdir()})
     save_file(randomize(timm.create_model('resnet18')).state_dict(), tmp_path / 'resnet18.safetensors')
     hub.add_repo('timm/resnet18.a1_in1k', {'model.safetensors': (tmp_path / 'resnet18.safetensors').read_bytes()})
