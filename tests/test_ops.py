@@ -140,6 +140,22 @@ def test_reference_gradients(name):
     assert torch.autograd.gradcheck(lambda *t: tuple(o for o in step(*t) if o is not None), tensors)
 
 
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_wrong_shapes_and_types_are_refused(name):
+    """The C++ code sees addresses only: it must never be given what it would read beyond its end."""
+    good = [None if t is None else t.detach() for t in inputs(name, (2, 16, 4, 4), True)]
+    for i, bad in (
+        (1, good[1][:1]),
+        (3, good[3][:, :8]),
+        (4, good[4][:, :1]),
+        (1, good[1].double()),
+        (3, good[3].half()),
+    ):
+        with pytest.raises(ValueError, match='must be|takes float32'):
+            fused_cpu.STEPS[name](*good[:i], bad, *good[i + 1 :])
+
+
 class Chosen:
     """Counts calls of the fused op."""
 

@@ -45,9 +45,7 @@ def fused_step(name: str, x: torch.Tensor) -> Optional[Callable[..., State]]:
     """
     if _ops == 'reference' or torch.onnx.is_in_onnx_export():
         return None
-    if (
-        not isinstance(x, torch.Tensor) or x.device.type == 'meta'
-    ):  # torch.fx traces with proxies; meta computes nothing
+    if not isinstance(x, torch.Tensor) or x.device.type == 'meta':  # a proxy of torch.fx, or nothing to compute
         return None
     if x.device.type != 'cpu':
         reason = f'the fused op is for the CPU, not for {x.device.type}'

@@ -91,10 +91,24 @@ def _empty(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _register(name: str, has_c: bool):
+def _check(gates: int, x: Tensor, h: Optional[Tensor], c: Optional[Tensor], weight: Tensor, bias: Tensor) -> None:
+    """Raise ValueError for shapes and types that the C++ code, which only sees addresses, would read wrongly."""
+    n = x.shape[1] if x.ndim == 4 else 0
+    states = all(state is None or state.shape == x.shape for state in (h, c))
+    if not (n and states and weight.shape == (gates, n, 2, 3, 3) and bias.shape == (gates, n)):
+        shapes = ', '.join('None' if t is None else str(tuple(t.shape)) for t in (x, h, c, weight, bias))
+        raise ValueError(
+            f'x, h, c must be (B, N, H, W), weight ({gates}, N, 2, 3, 3), bias ({gates}, N); got {shapes}.'
+        )
+    if any(t is not None and (t.dtype != torch.float32 or t.device.type != 'cpu') for t in (x, h, c, weight, bias)):
+        raise ValueError('the fused CPU op takes float32 tensors on the CPU, all of them.')
+
+
+def _register(name: str, gates: int, has_c: bool):
     """The ops `{name}` and `{name}_backward` in torch's library `timm_regnet_rnn`, and the step that calls them."""
 
     def forward(x: Tensor, h: Optional[Tensor], c: Optional[Tensor], weight: Tensor, bias: Tensor) -> List[Tensor]:
+        _check(gates, x, h, c, weight, bias)
         x, h, c = map(_channels_last, (x, h, c))
         outs = [_empty(x) for _ in range(1 + has_c)]
         weight, bias = weight.contiguous(), bias.contiguous()
@@ -110,6 +124,7 @@ def _register(name: str, has_c: bool):
         dh_out: Optional[Tensor],
         dc_out: Optional[Tensor],
     ) -> List[Tensor]:
+        _check(gates, x, h, c, weight, bias)
         x, h, c, dh_out, dc_out = map(_channels_last, (x, h, c, dh_out, dc_out))
         weight, bias = weight.contiguous(), bias.contiguous()
         dx, dweight, dbias = _empty(x), torch.zeros_like(weight), torch.zeros_like(bias)
@@ -150,7 +165,7 @@ def _register(name: str, has_c: bool):
 
 
 STEPS: Dict[str, object] = {
-    'conv_rnn': _register('conv_rnn', has_c=False),
-    'conv_gru': _register('conv_gru', has_c=False),
-    'conv_lstm': _register('conv_lstm', has_c=True),
+    'conv_rnn': _register('conv_rnn', gates=1, has_c=False),
+    'conv_gru': _register('conv_gru', gates=3, has_c=False),
+    'conv_lstm': _register('conv_lstm', gates=4, has_c=True),
 }
