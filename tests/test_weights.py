@@ -1,4 +1,5 @@
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,32 +13,49 @@ from timm.models import is_model_pretrained
 from timm.utils import reparameterize_model
 
 from timm_regnet_rnn.cli import main
-from timm_regnet_rnn.regnet_rnn import EMBEDDED, WEIGHTS_DIR
+from timm_regnet_rnn.released import RELEASED, embedded_file, hub_id
 
-CAT = Path(__file__).parent.parent / 'docs' / 'chelsea.jpg'
+HUB = Path(__file__).parent.parent / 'hub'
+CAT = HUB.parent / 'docs' / 'chelsea.jpg'
+EMBEDDED = [name for name in RELEASED if embedded_file(name)]
 
 
 def test_every_file_has_its_entry():
-    assert {p.name for p in WEIGHTS_DIR.glob('*')} == {f'{name}.safetensors' for name in EMBEDDED}
+    assert {p.stem for p in embedded_file(next(iter(EMBEDDED))).parent.glob('*')} == set(EMBEDDED)
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_the_manifest_is_true(name):
+    """Size, hashes, and logits on stored images; and that the check would notice."""
+    done = subprocess.run([sys.executable, HUB / 'verify.py', name], capture_output=True, text=True)
+    assert done.returncode == 0 and f'{name}: {RELEASED[name]["size"]} bytes' in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize('name', EMBEDDED)
 def test_the_file_is_the_one_that_was_measured(name):
-    file = WEIGHTS_DIR / f'{name}.safetensors'
-    assert file.stat().st_size < 5_000_000
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == EMBEDDED[name]['sha256']
+    entry, file = RELEASED[name], embedded_file(name)
+    assert file.stat().st_size == entry['size'] < 5_000_000
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == entry['sha256']
     with safe_open(file, framework='pt') as f:
         assert f.metadata()['model'] == name
     assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
 
-@pytest.mark.parametrize('name', EMBEDDED)
+@pytest.mark.parametrize('name', RELEASED)
 def test_pretrained_cfg_says_what_was_measured(name):
-    cfg, entry = timm.get_pretrained_cfg(name), EMBEDDED[name]
+    cfg, entry = timm.get_pretrained_cfg(name), RELEASED[name]
+    metrics = entry['metrics']
     assert name in timm.list_pretrained() and is_model_pretrained(name.split('.')[0])
-    assert f'top-1 {entry["top1"]:.2f} %' in cfg.description and entry['dataset'] in cfg.description
-    assert f'top1: {entry["top1"]}' in cfg.notes
-    assert 50 < entry['top1'] < entry['top5'] <= 100 and len(cfg.label_names) == cfg.num_classes
+    assert f'top-1 {metrics["top1"]:.2f} %' in cfg.description and entry['dataset'] in cfg.description
+    assert cfg.hf_hub_id == hub_id(name) and '{' not in cfg.hf_hub_id
+    assert 50 < metrics['top1'] < metrics['top5'] <= 100 and len(cfg.label_names) == cfg.num_classes
+
+
+def test_the_organisation_is_one_setting():
+    code = f'import timm, timm_regnet_rnn; print(timm.get_pretrained_cfg("{next(iter(RELEASED))}").hf_hub_id)'
+    env = dict(os.environ, TIMM_REGNET_RNN_HUB_ORG='lab')
+    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == f'lab/{next(iter(RELEASED))}', done.stderr
 
 
 @pytest.mark.parametrize('name', EMBEDDED)

@@ -1,17 +1,22 @@
-"""Weights from the Hugging Face Hub, checked against the sum that the Hub states for them before anything reads them.
+"""Weights from the Hugging Face Hub, checked before anything reads them.
 
 huggingface_hub does the transfer, the cache and the tokens. It gives up at the first lost connection and never looks at
 what arrived; this retries the whole download, and verifies the file each time it is used, also when it comes from the
-cache.
+cache: released weights against the manifest, everything else against the sum that the Hub states for it.
 """
 
 import errno
 import hashlib
+import json
+import os
 import re
+import shutil
+import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Optional, Union
+from typing import Any, Callable, Optional, Tuple, Union
 
+import timm
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -21,8 +26,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from timm.data import resolve_data_config
+from timm.models import get_pretrained_cfg, is_model_in_modules, is_model_pretrained
 
-__all__ = ['pull']
+from .model_config import read_config, write_config
+from .released import RELEASED, embedded_file, known_weights
+
+__all__ = ['check_source', 'pull', 'pull_config', 'pull_folder', 'retry', 'weights_in']
+
+PREFIX = 'hf-hub:'
+CONFIG, WEIGHTS, SUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
 
 WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each retry
 PATIENCE = 20.0  # seconds after which there is no retry; huggingface_hub has some of its own, which take time
@@ -34,7 +47,7 @@ def _passes(error: Exception) -> bool:
     """Whether another try could end otherwise: a lost connection or an overloaded server, not a wrong name."""
     if constants.HF_HUB_OFFLINE:
         return False
-    if isinstance(error, LocalEntryNotFoundError):  # the Hub could not be reached, and the cache has no copy
+    if isinstance(error, (LocalEntryNotFoundError, json.JSONDecodeError)):  # the Hub was not reached, or a proxy spoke
         return True
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     if status is not None:
@@ -45,13 +58,20 @@ def _passes(error: Exception) -> bool:
     return transport or (isinstance(error, OSError) and error.errno not in FINAL_ERRNOS)
 
 
-def _retry(call: Callable[..., Any], *args, **kwargs) -> Any:
+def retry(call: Callable[..., Any], *args, patience: Optional[float] = None, **kwargs) -> Any:
+    """Call something that talks to the Hub, again where that could help.
+
+    Args:
+        call: What to call.
+        *args, **kwargs: Its arguments.
+        patience: Seconds after which a failure is the last.
+    """
     start = time.monotonic()
     for wait in WAITS:
         try:
             return call(*args, **kwargs)
         except Exception as e:
-            if not _passes(e) or time.monotonic() - start > PATIENCE:
+            if not _passes(e) or time.monotonic() - start > (PATIENCE if patience is None else patience):
                 raise
             time.sleep(wait)
     return call(*args, **kwargs)
@@ -72,7 +92,7 @@ def _stated(file: Path, repo_id: str, filename: str, revision: Optional[str]) ->
     """The sum the Hub stated: the cache names its blobs by it, and a cache without symbolic links asks again."""
     name = file.resolve().name
     if not re.fullmatch(r'[0-9a-f]{64}|[0-9a-f]{40}', name) and not constants.HF_HUB_OFFLINE:
-        name = _retry(get_hf_file_metadata, hf_hub_url(repo_id, filename, revision=revision)).etag or ''
+        name = retry(get_hf_file_metadata, hf_hub_url(repo_id, filename, revision=revision)).etag or ''
     return name if re.fullmatch(r'[0-9a-f]{64}|[0-9a-f]{40}', name) else ''
 
 
@@ -91,43 +111,24 @@ def _explain(error: Exception, what: str) -> str:
     return f'cannot fetch {what} ({reason}).'
 
 
-def pull(
-    hub_id: str,
-    filename: Optional[str] = None,
-    cache_dir: Optional[Union[str, Path]] = None,
-    sha256: Optional[str] = None,
-) -> Path:
-    """A weights file of a repository on the Hub, from the cache if it is there.
-
-    Args:
-        hub_id: ORG/NAME, or ORG/NAME@REVISION.
-        filename: A safetensors file in it; `model.safetensors` if None or if it names a file of another format.
-        cache_dir: The Hub cache, huggingface_hub's own if None.
-        sha256: What the file must be; what the Hub states if None.
-
-    Returns:
-        The file in the cache, just verified.
-
-    Raises:
-        OSError: It cannot be had, or is not what it should be even when fetched again; one line that names file,
-            expected and found.
-    """
+def _fetch(
+    hub_id: str, filename: str, cache_dir: Optional[Union[str, Path]], sha256: Optional[str]
+) -> Tuple[Path, bool]:
+    """A verified file of a repository, and whether a bad one had to be replaced; errors as in `pull`."""
     repo_id, _, revision = hub_id.partition('@')
-    if not filename or not filename.endswith('.safetensors'):
-        filename = 'model.safetensors'
     what = f'{filename!r} of {hub_id!r}'
     where = dict(repo_id=repo_id, filename=filename, revision=revision or None, cache_dir=cache_dir)
     for again in (False, True):
         try:
-            file = Path(_retry(hf_hub_download, **where, force_download=again))
+            file = Path(retry(hf_hub_download, **where, force_download=again))
             expected = sha256 or _stated(file, repo_id, filename, revision or None)
         except Exception as e:
             raise OSError(_explain(e, what)) from None
         if not expected:  # offline, and a cache without links: nothing was stated
-            return file
+            return file, again
         found = _sum(file, 'sha256' if len(expected) == 64 else 'sha1')
         if found == expected:
-            return file
+            return file, again
         if constants.HF_HUB_OFFLINE:
             break
         try:
@@ -136,3 +137,138 @@ def pull(
         except OSError as e:
             raise OSError(f'{what} in the cache is broken and cannot be removed ({e}).') from None
     raise OSError(f'{what} is broken: expected {expected}, found {found} ({file}).')
+
+
+def pull(
+    hub_id: str,
+    filename: Optional[str] = None,
+    cache_dir: Optional[Union[str, Path]] = None,
+    sha256: Optional[str] = None,
+) -> Path:
+    """A weights file of a repository on the Hub: the one inside this package, else from the cache, else fetched.
+
+    Args:
+        hub_id: ORG/NAME, or ORG/NAME@REVISION.
+        filename: A safetensors file in it; `model.safetensors` if None or if it names a file of another format.
+        cache_dir: The Hub cache, huggingface_hub's own if None.
+        sha256: What the file must be; what the manifest says, or else what the Hub states, if None.
+
+    Returns:
+        The file, just verified.
+
+    Raises:
+        OSError: It cannot be had, or is not what it should be even when fetched again; one line that names file,
+            expected and found.
+    """
+    if not filename or not filename.endswith('.safetensors'):
+        filename = WEIGHTS
+    name = known_weights(hub_id) if filename == WEIGHTS and sha256 is None else None
+    broken = ''
+    if name:
+        sha256, file = RELEASED[name]['sha256'], embedded_file(name)
+        if file:
+            found = _sum(file, 'sha256')
+            if found == sha256:
+                return file
+            broken = f'{str(file)!r} is broken: expected {sha256}, found {found}; '
+    try:
+        return _fetch(hub_id, filename, cache_dir, sha256)[0]
+    except OSError as e:
+        raise OSError(f'{broken}{e}') from None
+
+
+def pull_config(hub_id: str, cache_dir: Optional[Union[str, Path]] = None) -> Tuple[Path, bool]:
+    """A repository's config.json, verified like its weights.
+
+    Returns:
+        The file in the cache, and whether a broken one had to be replaced there.
+
+    Raises:
+        OSError: As for `pull`.
+    """
+    return _fetch(hub_id, CONFIG, cache_dir, None)
+
+
+def weights_in(folder: Path) -> Path:
+    """The weights file of a folder, verified if the folder has sums; safetensors before anything else.
+
+    Raises:
+        OSError: There is none, or it is not what SHA256SUMS says; one line.
+    """
+    preferred = [
+        folder / WEIGHTS,
+        *(p for suffix in ('.safetensors', '.pth', '.pth.tar', '.bin') for p in sorted(folder.glob(f'*{suffix}'))),
+    ]
+    file = next((p for p in preferred if p.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f'no weights file in {str(folder)!r}; expected {WEIGHTS}.')
+    sums = folder / SUMS
+    stated = sums.read_text(encoding='utf-8').split() if sums.is_file() else []
+    for expected, name in zip(stated[::2], stated[1::2]):
+        if name == file.name and (found := _sum(file, 'sha256')) != expected:
+            raise OSError(f'{str(file)!r} is broken: expected {expected}, found {found}.')
+    return file
+
+
+def check_source(name: str, cache_dir: Optional[Union[str, Path]] = None) -> None:
+    """Check the config.json of a model called hf-hub:ORG/NAME or local-dir:FOLDER before timm reads it.
+
+    Raises:
+        OSError: It cannot be had.
+        ValueError: It says what it must not.
+    """
+    source, _, where = name.partition(':')
+    if source == 'hf-hub':
+        read_config(pull_config(where, cache_dir)[0], f'config.json of {where!r}')
+    else:
+        file = Path(where) / CONFIG
+        read_config(file, repr(str(file)))
+
+
+def pull_folder(name: str, to: Union[str, Path], cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    """Make a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads without a network.
+
+    Args:
+        name: A model with pretrained weights, NAME or NAME.TAG, or hf-hub:ORG/NAME.
+        to: Where the folder goes; it is called like the model, and replaces one that this made before.
+        cache_dir: The Hub cache, huggingface_hub's own if None.
+
+    Returns:
+        The folder, with model.safetensors, config.json and SHA256SUMS.
+
+    Raises:
+        OSError: The files cannot be had or written.
+        ValueError: There is no such model, it has no weights, or something else has the folder's name.
+    """
+    hub = name[len(PREFIX) :] if name.startswith(PREFIX) else ''
+    if not hub and not (is_model_in_modules(name.split('.')[0], ['regnet_rnn']) and is_model_pretrained(name)):
+        raise ValueError(f'no pretrained weights are called {name!r}; `timm-regnet-rnn list` prints the tags.')
+    folder = Path(to) / (hub.partition('@')[0].split('/')[-1] or name)
+    if folder.exists() and not (folder / SUMS).is_file():
+        raise ValueError(f'{str(folder)!r} exists and is none of these folders; give --to another one.')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix='.pull-', dir=folder.parent) as scratch:
+        new = Path(scratch) / 'new'
+        new.mkdir()
+        if hub:
+            check_source(name, cache_dir)
+            config, _ = pull_config(hub, cache_dir)
+            shutil.copyfile(config, new / CONFIG)
+            filename = json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {}).get('hf_hub_filename')
+            weights = pull(hub, filename, cache_dir)
+        else:
+            cfg = get_pretrained_cfg(name)
+            model = timm.create_model(name)
+            data_config = resolve_data_config(model=model)
+            write_config(model, new / CONFIG, {}, data_config, cfg.label_names or (), cfg.tag, cfg.description or '')
+            weights = pull(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)
+        shutil.copyfile(weights, new / WEIGHTS)
+        sums = {file: _sum(new / file, 'sha256') for file in (WEIGHTS, CONFIG)}
+        if sums[WEIGHTS] != _sum(weights, 'sha256'):
+            raise OSError(f'{str(folder / WEIGHTS)!r} was not written as it was read; nothing is kept.')
+        (new / SUMS).write_text(''.join(f'{value}  {file}\n' for file, value in sums.items()), encoding='utf-8')
+        timm.create_model(f'local-dir:{new}', pretrained=True)
+        if folder.exists():
+            os.rename(folder, Path(scratch) / 'old')
+        os.rename(new, folder)
+    return folder

@@ -3,42 +3,32 @@
 from argparse import Namespace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Dict, Union
+from typing import Any, Dict, Optional, Union
 from zipfile import is_zipfile
 
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, is_model_pretrained, register_model
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, is_model_pretrained, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._registry import get_pretrained_cfg
 
 from .conv_rnn import CELLS
+from .model_config import read_config
 from .regulated_resnet import RegulatedResNet, link_stem
+from .released import RELEASED, hub_id
 from .warm_start import checkpoint_filter_fn
 
 __all__ = []  # register_model adds each entrypoint
 
 CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
-WEIGHTS_DIR = Path(__file__).parent / 'weights'
-# Measured with timm's validate.py from the stored file, never from the run that made it.
-EMBEDDED = {
-    'regnet_convlstm_20.cifar10_jpeg75': dict(
-        dataset='CIFAR-10, JPEG q75 mirror',
-        top1=85.26,
-        top5=99.25,
-        recipe='train_recipes/cifar_short.yaml',
-        epochs=15,
-        seed=42,
-        sha256='57f44f731c182c14161797566a37e9b13c301f3a5675f8f88ab5ea687640084d',
-    ),
-}
+SPARE = 2**28  # bytes that a model may take beyond its weights file, for a regulator or another classifier
 CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
-def _check_file(path: Union[str, Path]) -> None:
+def check_file(path: Union[str, Path]) -> None:
     """Refuse a weights file that is missing, not whole, or holds more than weights, before a model is built for it.
 
     timm up to 1.0.20 unpickles such a file without restriction; one that passes here holds nothing that could run.
@@ -62,25 +52,52 @@ def _check_file(path: Union[str, Path]) -> None:
         ) from None
 
 
-def _create_regnet(variant: str, pretrained: bool, **kwargs) -> nn.Module:
-    located = {}
-    if pretrained:
-        overlay = kwargs.get('pretrained_cfg_overlay')
-        cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
-        from_hub = cfg.hf_hub_id and not (cfg.file or cfg.state_dict or cfg.url)
-        if cfg.source == 'hf-hub' or (from_hub and not cfg.source):
-            from .pull import pull
+def _locate(cfg: PretrainedCfg, pretrained: bool, cache_dir: Optional[Union[str, Path]]) -> Optional[Path]:
+    """The verified file to load instead of what timm would fetch by itself; None if that is a file already.
 
-            file = pull(cfg.hf_hub_id, cfg.hf_hub_filename, kwargs.get('cache_dir'))
-            located = dict(file=cfg.file, source=cfg.source)
-            kwargs['pretrained_cfg_overlay'] = {**(overlay or {}), 'file': str(file), 'source': None}
-        elif cfg.file and not cfg.source:  # with a source, `file` is a folder
-            _check_file(cfg.file)
+    Raises:
+        OSError: The file cannot be had, or is broken.
+        ValueError: A file or a config.json is none that may be loaded.
+    """
+    by_name = cfg.source not in ('hf-hub', 'local-dir')
+    if by_name and (not pretrained or cfg.file or cfg.state_dict or cfg.url or not cfg.hf_hub_id):
+        if pretrained and cfg.file and not cfg.state_dict:
+            check_file(cfg.file)
+        return None
+    from . import pull  # with huggingface_hub, which only these need
+
+    if by_name:
+        return pull.pull(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)
+    if cfg.source == 'hf-hub':
+        what = f'config.json of {cfg.hf_hub_id!r}'
+        config, replaced = pull.pull_config(cfg.hf_hub_id, cache_dir)
+        if replaced:
+            raise OSError(f'{what} was broken in the cache and is fetched anew: create the model once more.')
+    else:
+        config = Path(cfg.file) / 'config.json'
+        what = repr(str(config))
+    needed = read_config(config, what)
+    if not pretrained:
+        return None
+    from_hub = cfg.source == 'hf-hub'
+    file = pull.pull(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir) if from_hub else pull.weights_in(Path(cfg.file))
+    check_file(file)
+    if needed > 4 * file.stat().st_size + SPARE:
+        raise ValueError(f'{what}: its model takes {needed >> 20} MB, its weights have {file.stat().st_size >> 20} MB.')
+    return file
+
+
+def _create_regnet(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    overlay = kwargs.get('pretrained_cfg_overlay')
+    cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
+    file = _locate(cfg, pretrained, kwargs.get('cache_dir'))
+    if file:
+        kwargs['pretrained_cfg_overlay'] = {**(overlay or {}), 'file': str(file), 'source': None}
     model = build_model_with_cfg(
         RegulatedResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
     )
-    if located:  # where the file lies in this machine's cache is nothing to remember
-        for name, value in located.items():
+    if file:  # where it lies in this machine's cache is nothing to remember
+        for name, value in dict(file=cfg.file, source=cfg.source).items():
             model.pretrained_cfg.pop(name, None)
             if value is not None:
                 model.pretrained_cfg[name] = value
@@ -146,21 +163,27 @@ def _warm_cfg(source: str) -> Dict[str, Any]:
     return _cfg(**{k: v for k, v in cfg.items() if k not in ('url', 'architecture', 'tag')})
 
 
-def _embedded_cfg(name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
-    """Configuration of weights inside the package, with what was measured from the stored file."""
-    return _cifar_cfg(
-        file=str(WEIGHTS_DIR / f'{name}.safetensors'),
+def _released_cfg(name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
+    """Configuration of released weights, with what was measured from the stored file."""
+    depth = int(name.split('.')[0].split('_')[-1])
+    metrics = entry['metrics']
+    return (_cifar_cfg if depth in CIFAR_DEPTHS else _cfg)(
+        **entry['data_config'],
+        num_classes=entry['num_classes'],
+        label_names=tuple(entry['labels']) if entry['labels'] else None,
+        hf_hub_id=hub_id(name),
+        license=entry['license'],
         description=(
-            f'{entry["dataset"]}: top-1 {entry["top1"]:.2f} %, top-5 {entry["top5"]:.2f} % on its 10,000 test images; '
-            f'{entry["recipe"]}, seed {entry["seed"]}, last of {entry["epochs"]} epochs.'
+            f'{entry["dataset"]}: top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % on its '
+            f'{metrics["images"]:,} {metrics["split"]} images; {entry["recipe"]}, seed {entry["seed"]}, '
+            f'last of {entry["epochs"]} epochs.'
         ),
-        notes=tuple(f'{key}: {value}' for key, value in entry.items()),
     )
 
 
 def _default_cfgs() -> Dict[str, Dict[str, Any]]:
     """Every model's configurations, those with weights by tag."""
-    cfgs = {name: _embedded_cfg(name, entry) for name, entry in EMBEDDED.items()}
+    cfgs = {name: _released_cfg(name, entry) for name, entry in RELEASED.items()}
     for se in ('', 'se'):
         for prefix in (f'cifar_{se}resnet', *(f'{se}regnet_{cell}' for cell in CELLS)):
             names = (f'{prefix}_{depth}' for depth in CIFAR_DEPTHS)
