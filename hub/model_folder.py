@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import create_dataset, create_loader, resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.models import clean_state_dict, is_model_in_modules
 from timm.utils import AverageMeter, accuracy
 
@@ -127,7 +128,10 @@ def rebuild(
     sizes = dict(num_classes=classes, in_chans=first.shape[1])
     net = timm.create_model(name, **{**args, **sizes}).eval()
     net.load_state_dict(tensors)
-    config = resolve_data_config({**settings, 'in_chans': first.shape[1]}, model=net)
+    config = resolve_data_config(settings, model=net)
+    config['input_size'] = (first.shape[1], *config['input_size'][1:])
+    for key in ('mean', 'std'):
+        config[key] = tuple(adapt_to_chs(config[key], first.shape[1]))  # as the loader does in training
     trained = Trained(net, name, {k: v for k, v in args.items() if k not in sizes}, settings, data_config=config)
     trained.epochs = info['epoch'] + 1 if 'epoch' in info else None
     known = net.pretrained_cfg.get('label_names') if not settings else LABELS.get(trained.dataset)
@@ -154,6 +158,7 @@ def write_folder(trained: Trained, folder: Path, release: str = '') -> None:
         metadata.update(timm_regnet_rnn=timm_regnet_rnn.__version__, timm=timm.__version__)
         metadata.update(torch=torch.__version__, safetensors=safetensors.__version__)
         save_file({k: v.contiguous() for k, v in net.state_dict().items()}, weights, metadata)
+        sort_metadata(weights)
     tag = release.partition('.')[2]
     write_config(net, folder / 'config.json', trained.args, trained.data_config, trained.labels, tag)
     twin = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
@@ -163,6 +168,16 @@ def write_folder(trained: Trained, folder: Path, release: str = '') -> None:
         same = mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
         if not same or not torch.allclose(net(x), twin(x), rtol=1e-4, atol=1e-5):
             raise RuntimeError('what was written does not rebuild the model bit for bit; nothing is sent.')
+
+
+def sort_metadata(file: Path) -> None:
+    """Order the metadata of a safetensors file, which else has them in another order each time it is written."""
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8 : 8 + size])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size)
+    file.write_bytes(len(text).to_bytes(8, 'little') + text + data[8 + size :])
 
 
 def evaluate(trained: Trained, data_dir: str, split: str) -> Dict[str, Any]:

@@ -28,6 +28,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_downloa
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from model_card import make_card, results
 from model_folder import Trained, UsageError, evaluate, rebuild, tensor_digest, write_folder
+from safetensors import SafetensorError
 from timm.data import resolve_data_config
 from verify import store_logits
 
@@ -36,6 +37,7 @@ from timm_regnet_rnn.pull import pull, retry
 from timm_regnet_rnn.released import MANIFEST, ORGANISATION, RELEASED, hub_id
 
 TOLERANCE = 0.05  # points of top-1, what arithmetic in another order may change
+FAILURES = (HfHubHTTPError, LocalTokenNotFoundError, SafetensorError)
 FILES = ('model.safetensors', 'config.json', 'README.md')
 
 
@@ -320,7 +322,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         push(args)
         return 0
-    except (UsageError, ValueError, TypeError, RuntimeError, OSError, HfHubHTTPError, LocalTokenNotFoundError) as e:
+    except (UsageError, ValueError, TypeError, RuntimeError, OSError, *FAILURES) as e:
         print(f'push.py: {explain(e, args.repo_id or args.tag)}', file=sys.stderr)
         return 2
 

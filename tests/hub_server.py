@@ -480,6 +480,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         repo.refs[revision] = repo.head(json.loads(self.body or b'{}').get('startingPoint', 'main')).id
         return answer({})
 
+    @route('GET', '/api/models/NAME/refs')
+    def refs(self, name):
+        refs = self.readable(name).refs
+        pulls = [ref for ref in refs if ref.startswith('refs/pr/')]
+        branches = [{'name': ref, 'ref': f'refs/heads/{ref}', 'targetCommit': refs[ref]} for ref in {*refs} - {*pulls}]
+        about = {'branches': branches, 'converts': [], 'tags': []}
+        pulls = [{'name': ref.split('/')[-1], 'ref': ref, 'targetCommit': refs[ref]} for ref in pulls]
+        return answer(about | ({'pullRequests': pulls} if 'include_prs' in self.query else {}))
+
     @route('GET', '/api/models/NAME/commits/REV')
     def history(self, name, revision):
         self.readable(name).head(revision)

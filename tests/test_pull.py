@@ -35,7 +35,7 @@ for line in sys.stdin:
 def environment(hub, **more):
     """A process's environment in which the stand-in is the Hub."""
     env = dict(os.environ, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE='0', HF_HUB_DISABLE_TELEMETRY='1', HF_TOKEN='')
-    env.update(HF_HUB_DOWNLOAD_TIMEOUT='5', HF_HUB_ETAG_TIMEOUT='5', **more)
+    env.update(HF_HUB_DISABLE_PROGRESS_BARS='1', HF_HUB_DOWNLOAD_TIMEOUT='5', HF_HUB_ETAG_TIMEOUT='5', **more)
     return env
 
 

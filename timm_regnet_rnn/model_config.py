@@ -26,7 +26,6 @@ LARGEST_FILE = 2**20  # bytes
 LARGEST_COUNT = 10**5  # channels, classes, pixels
 MOST_BLOCKS = 1000
 ELSEWHERE = ('url', 'file', 'state_dict', 'custom_load', 'source')  # would lead to other files than the repository's
-NOT_TWICE = ('num_classes', 'in_chans', 'global_pool')
 FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
 ARGUMENTS = {name for cls in (RegulatedResNet, ResNet) for name in inspect.signature(cls.__init__).parameters}
 ARGUMENTS -= {'self', 'kwargs', 'device', 'dtype'}
@@ -165,8 +164,8 @@ def write_config(
 ) -> None:
     """Write a config.json by timm, with what the weights were trained for instead of what the entrypoint states.
 
-    `model_args` leaves out classes, channels and average pooling: timm takes them from elsewhere in the file, and
-    transformers' TimmWrapper fails where they stand twice.
+    `model_args` leaves out the classes, which timm takes from elsewhere in the file: transformers' TimmWrapper gives
+    them too, and fails where they come twice. It builds with three channels unless `model_args` says otherwise.
 
     Args:
         model: The model.
@@ -188,9 +187,17 @@ def write_config(
         cfg.pop(key, None)
         if value:
             cfg[key] = value
-    dropped = ('num_classes', 'in_chans') if args.get('global_pool', 'avg') != 'avg' else NOT_TWICE
-    kept = {k: v for k, v in config.pop('model_args', {}).items() if k not in dropped}
-    config.pop('label_names', None)
+    kept = dict(args)
+    kept.pop('num_classes', None)
+    for key, value, default in (
+        ('in_chans', data_config['input_size'][0], 3),
+        ('global_pool', args.get('global_pool', 'avg'), 'avg'),
+    ):
+        kept.pop(key, None)
+        if value != default:
+            kept[key] = value
+    for key in ('label_names', 'model_args'):
+        config.pop(key, None)
     if labels:
         config['label_names'] = list(labels)
     if kept:

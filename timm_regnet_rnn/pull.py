@@ -43,6 +43,10 @@ FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 TRANSPORTS = ('httpx', 'httpx2', 'httpcore', 'httpcore2', 'requests', 'urllib3')
 
 
+def _is_transport(error: Exception) -> bool:
+    return type(error).__module__.split('.')[0] in TRANSPORTS
+
+
 def _passes(error: Exception) -> bool:
     """Whether another try could end otherwise: a lost connection or an overloaded server, not a wrong name."""
     if constants.HF_HUB_OFFLINE:
@@ -54,8 +58,7 @@ def _passes(error: Exception) -> bool:
         return status >= 500 or status in (408, 429)
     if isinstance(error, (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)):
         return False
-    transport = type(error).__module__.split('.')[0] in TRANSPORTS
-    return transport or (isinstance(error, OSError) and error.errno not in FINAL_ERRNOS)
+    return _is_transport(error) or (isinstance(error, OSError) and error.errno not in FINAL_ERRNOS)
 
 
 def retry(call: Callable[..., Any], *args, patience: Optional[float] = None, **kwargs) -> Any:
@@ -65,16 +68,24 @@ def retry(call: Callable[..., Any], *args, patience: Optional[float] = None, **k
         call: What to call.
         *args, **kwargs: Its arguments.
         patience: Seconds after which a failure is the last.
+
+    Raises:
+        Exception: What the last try raised; OSError if it was the connection.
     """
     start = time.monotonic()
-    for wait in WAITS:
+    for wait in (*WAITS, None):
         try:
             return call(*args, **kwargs)
         except Exception as e:
-            if not _passes(e) or time.monotonic() - start > (PATIENCE if patience is None else patience):
+            tired = wait is None or time.monotonic() - start > (PATIENCE if patience is None else patience)
+            if not tired and _passes(e):
+                time.sleep(wait)
+            elif isinstance(e, json.JSONDecodeError):
+                raise ConnectionError('what answered is not the Hub') from None
+            elif _is_transport(e) and not isinstance(e, OSError):
+                raise ConnectionError(f'connection lost: {e}') from None
+            else:
                 raise
-            time.sleep(wait)
-    return call(*args, **kwargs)
 
 
 def _sum(file: Path, kind: str) -> str:

@@ -32,22 +32,21 @@ image to see the classes, and that state, block by block.
 """
 
 LEGEND = (
-    'One map per block, a row per stage: the state <i>h</i> after the block, averaged over its channels. Yellow is where '
-    'the state is largest, violet where it is smallest, on a scale of its own for each map. In every stage the state '
-    'starts empty.'
+    'One map per block, a row per stage: the state <i>h</i> after the block, averaged over its channels. Yellow is '
+    'where the state is largest, violet where it is smallest, on a scale of its own for each map. In every stage the '
+    'state starts empty.'
 )
 NO_REGULATOR = 'This model has no regulator, and so no maps.'
 
 CSS = """
-.main { max-width: 1100px !important; }
-@media (max-width: 640px) { .main { padding: 16px !important; } }
+.main { max-width: 1100px !important; padding: 16px clamp(16px, 4vw, 32px) !important; }
 #maps .html-container { padding: 0; }
 .maps section { margin: 0 0 1.25em; }
 .maps h2 { font-size: 1em; font-weight: 600; margin: 0 0 .4em; color: var(--body-text-color); }
 .maps h2 span, .maps p, .maps figcaption { font-weight: 400; color: var(--body-text-color); opacity: .72; }
 .maps h2 span, .maps figcaption { font-size: .875em; }
 .maps .tiles {
-  --tile: max(76px, min(180px, calc(100% / var(--columns) - 10px)));
+  --tile: max(68px, min(200px, calc(100% / var(--columns) - 10px)));
   display: grid; gap: 10px; grid-template-columns: repeat(auto-fill, var(--tile));
 }
 .maps .top { display: flex; flex-wrap: wrap; gap: 20px; align-items: center; }
@@ -85,12 +84,14 @@ def read(path: str) -> Image.Image:
             image.draft('RGB', (LONGEST_SIDE, LONGEST_SIDE))
             if image.mode.startswith('I'):  # 16 bits, which Pillow would clip to 8
                 image = image.point(lambda v: v * (1 / 256)).convert('L')
+            if image.mode in ('1', 'P', 'PA'):  # whose pixels have no mean
+                image = image.convert('RGBA')
+            image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             image = ImageOps.exif_transpose(image).convert('RGBA')
     except UnidentifiedImageError:
         raise UsageError('this file is not an image; try a JPEG, PNG or WebP.') from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as e:
         raise UsageError(f'this image cannot be read: {e}') from None
-    image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
 
 
