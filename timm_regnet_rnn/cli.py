@@ -125,10 +125,17 @@ def create(name: str, checkpoint: Optional[str]):
     import timm
     from timm.models import is_model, is_model_pretrained
 
-    if not is_model(name):
+    if name.startswith(('hf-hub:', 'local-dir:')):
+        from . import pull
+
+        pull.check_source(name)
+        if checkpoint is None:
+            return timm.create_model(name, pretrained=True).eval()
+    elif not is_model(name):
         raise UsageError(f'unknown model {name!r}; `timm-regnet-rnn list` prints the names.')
     if checkpoint is not None:
-        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=checkpoint, hf_hub_id=None))
+        overlay = dict(file=checkpoint, hf_hub_id=None, source=None)
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
     else:
         if not is_model_pretrained(name):
             raise UsageError(
@@ -193,6 +200,35 @@ def cmd_train(args: argparse.Namespace) -> int:
     )
 
 
+def cmd_export(args: argparse.Namespace) -> int:
+    """Write a model to a file for deployment."""
+    from .export import export
+
+    file, difference = export(
+        args.name,
+        args.output,
+        args.format,
+        checkpoint=args.checkpoint,
+        image_size=args.image_size,
+        batch_size=args.batch_size,
+        reparameterize=args.reparameterize,
+    )
+    checked = f"logits within {difference:.0e} of the eager model's"
+    if args.format == 'safetensors':
+        checked = 'read back bit for bit'
+    print(f'{file}: {file.stat().st_size / 1e6:.2f} MB, {checked}')
+    return 0
+
+
+def cmd_pull(args: argparse.Namespace) -> int:
+    """Make a folder of each model for a machine without a network."""
+    from .pull import pull_folder
+
+    for name in args.name:
+        print(f'local-dir:{pull_folder(name, args.to)}')
+    return 0
+
+
 def cmd_autoload(args: argparse.Namespace) -> int:
     """Enable, disable or show autoload."""
     from . import autoload
@@ -206,6 +242,11 @@ def cmd_autoload(args: argparse.Namespace) -> int:
         path = autoload.enabled_in()
         print(f'enabled: {path}' if path else 'disabled')
     return 0
+
+
+def batch_size(text: str) -> Optional[int]:
+    """The number, or None for 'dynamic'."""
+    return None if text == 'dynamic' else int(text)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -254,6 +295,25 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('--nproc', type=int, metavar='N', help='processes; default: one per visible GPU')
     sub.add_argument('--dry-run', action='store_true', help='print the command and stop')
     sub.set_defaults(function=cmd_train)
+
+    sub = commands.add_parser('export', help='write a model as ONNX, torch.export program or safetensors, and check it')
+    sub.add_argument('name', metavar='NAME[.TAG]', help='or hf-hub:ORG/NAME, or local-dir:FOLDER')
+    sub.add_argument('--format', required=True, choices=('onnx', 'torch-export', 'safetensors'))
+    sub.add_argument('--output', metavar='FILE', help='default: NAME[.TAG] and .onnx, .pt2 or .safetensors')
+    sub.add_argument('--checkpoint', metavar='FILE', help='weights of that model, .safetensors or timm .pth.tar')
+    sub.add_argument('--image-size', type=int, metavar='N', help="height and width; default: the model's test size")
+    sub.add_argument('--batch-size', type=batch_size, metavar='N', help="fixed; default: 'dynamic', any size")
+    sub.add_argument(
+        '--reparameterize',
+        action=argparse.BooleanOptionalAction,
+        help="fold batch norms and the regulators' convolutions; default, except for safetensors",
+    )
+    sub.set_defaults(function=cmd_export)
+
+    sub = commands.add_parser('pull', help='fetch weights, verified, for a machine without a network')
+    sub.add_argument('name', nargs='+', metavar='NAME', help='NAME[.TAG] or hf-hub:ORG/NAME')
+    sub.add_argument('--to', required=True, metavar='DIR', help="'local-dir:DIR/NAME' is then a model for timm")
+    sub.set_defaults(function=cmd_pull)
 
     sub = commands.add_parser('autoload', help='register the models in every program that imports timm')
     action = sub.add_mutually_exclusive_group(required=True)
