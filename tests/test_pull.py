@@ -5,12 +5,16 @@ import json
 import math
 import os
 import random
+import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import timm
+import torch
 from conftest import randomize
 from hub_server import Fault, HubServer
 from safetensors.torch import save_file
@@ -20,12 +24,16 @@ BODY = '/lfs/'
 RESOLVE = '/resolve/main/model.safetensors'
 WEIGHTS = bytes(random.Random(0).randbytes(300_000))
 CLIENT = """
-import json, sys
+import json, os, sys
 from timm_regnet_rnn import pull
 pull.WAITS, pull.PATIENCE = (0.01, 0.02, 0.04, 0.08), 5.0
 for line in sys.stdin:
     try:
-        answer = dict(file=str(pull.pull(**json.loads(line))))
+        question = json.loads(line)
+        if question == 'become nobody':
+            os.geteuid() or os.seteuid(65534)
+            continue
+        answer = dict(file=str(pull.pull(**question)))
     except OSError as e:
         answer = dict(error=str(e))
     print(json.dumps(answer), flush=True)
@@ -42,7 +50,7 @@ def environment(hub, **more):
 class Client:
     """A process that pulls what it is told to, so that importing torch is paid once."""
 
-    def __init__(self, hub, **env):
+    def __init__(self, hub, preexec_fn=None, **env):
         self.process = subprocess.Popen(
             [sys.executable, '-c', CLIENT],
             env=environment(hub, **env),
@@ -50,7 +58,11 @@ class Client:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
+            preexec_fn=preexec_fn,
         )
+
+    def become_nobody(self):
+        print(json.dumps('become nobody'), file=self.process.stdin, flush=True)
 
     def send(self, hub_id, cache_dir, **kwargs):
         print(json.dumps(dict(hub_id=hub_id, cache_dir=str(cache_dir), **kwargs)), file=self.process.stdin, flush=True)
@@ -283,3 +295,170 @@ def test_create_model_takes_verified_files(hub, tmp_path):
 def test_tags_name_repositories_not_files():
     cfg = timm.get_pretrained_cfg('regnet_convlstm_50.resnet50_a1_in1k')
     assert cfg.hf_hub_id == 'timm/resnet50.a1_in1k' and not cfg.url and not cfg.file
+
+
+def test_a_read_only_cache(hub):
+    """Of another user: root may write anywhere, so the process becomes nobody."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        client = Client(hub)
+        file = client.pull('org/net', folder)['file']
+        for path in (Path(folder), *Path(folder).rglob('*')):
+            if not path.is_symlink():
+                path.chmod(0o555 if path.is_dir() else 0o444)
+        client.become_nobody()
+        hub.requests.clear()
+        assert client.pull('org/net', folder)['file'] == file and hub.count('GET', BODY) == 0
+        Path(file).resolve().chmod(0o644)
+        Path(file).resolve().write_bytes(WEIGHTS[:-1])
+        assert 'in the cache is broken and cannot be removed' in client.pull('org/net', folder)['error']
+        client.close()
+        for path in Path(folder).rglob('*'):
+            if path.is_dir():
+                path.chmod(0o755)
+
+
+def test_disk_full_leaves_nothing_under_the_final_name(hub, tmp_path):
+    client = Client(hub, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
+    error = client.pull('org/net', tmp_path)['error']
+    client.close()
+    assert '\n' not in error and 'File too large' in error, error
+    assert not [p for p in tmp_path.rglob('model.safetensors')]
+    client = Client(hub)
+    assert Path(client.pull('org/net', tmp_path)['file']).read_bytes() == WEIGHTS
+    client.close()
+
+
+def test_an_expired_token(hub, tmp_path):
+    hub.add_user('hf_old', 'me', role='read', expired=True)
+    client = Client(hub, HF_TOKEN='hf_old')
+    error = client.pull('me/secret', tmp_path)['error']
+    client.close()
+    assert 'HF_TOKEN must hold a token that may read it' in error and 'hf_' not in error
+
+
+NAME = 'regnet_convlstm_20.cifar10_jpeg75'
+HOUSE = Path(__file__).parent.parent
+KNOWN = f"""
+import sys, timm, timm_regnet_rnn
+try:
+    timm.create_model('{NAME}', pretrained=True, cache_dir=sys.argv[1])
+    print('loaded')
+except OSError as e:
+    print(e)
+"""
+
+
+def test_released_weights_are_checked_against_the_manifest(hub, tmp_path):
+    """In a copy of the package, whose embedded file is lost, then broken; on a Hub that lies, then tells the truth."""
+    shutil.copytree(HOUSE / 'timm_regnet_rnn', tmp_path / 'timm_regnet_rnn')
+    shutil.copytree(HOUSE / 'hub', tmp_path / 'hub')
+    embedded = tmp_path / 'timm_regnet_rnn' / 'weights' / f'{NAME}.safetensors'
+    weights = embedded.read_bytes()
+    broken = weights[:-1] + bytes([weights[-1] ^ 1])
+    truth, lie = (hashlib.sha256(content).hexdigest() for content in (weights, broken))
+
+    def load(cache):
+        env = environment(hub, PYTHONPATH=str(tmp_path))
+        command = [sys.executable, '-c', KNOWN, tmp_path / cache]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        return done.stdout.strip() or done.stderr
+
+    repo = f'timm-regnet-rnn/{NAME}'
+    assert load('a') == 'loaded' and not hub.requests
+    embedded.unlink()
+    hub.add_repo(repo, {'model.safetensors': broken})
+    assert f"'model.safetensors' of {repo!r} is broken: expected {truth}, found {lie} (" in load('a')
+    embedded.write_bytes(broken)
+    answer = load('a')
+    assert answer.count('\n') == 0 and f"{embedded.name}' is broken: expected {truth}, found {lie}; 'model" in answer
+    hub.commit(repo, {'model.safetensors': weights})
+    assert load('b') == 'loaded'
+
+
+LOADS = """
+import sys, timm, torch, timm_regnet_rnn
+for name in sys.argv[2:]:
+    net = timm.create_model(f'local-dir:{sys.argv[1]}/{name}', pretrained=True).eval()
+    torch.save(net.state_dict(), f'{sys.argv[1]}/{name}.pt')
+    print(name, list(net.pretrained_cfg.get('label_names') or ())[:1], net.num_classes)
+"""
+
+
+def test_a_folder_for_a_machine_without_a_network(hub, tmp_path):
+    """An embedded tag, a warm start and somebody's own repository, by the command; then loaded offline."""
+    net = randomize(timm.create_model('regnet_convgru_20', num_classes=4, regulated_stages=(2,)))
+    save_for_hf(net, tmp_path / 'net', model_args=dict(regulated_stages=[2]), safe_serialization=True)
+    hub.add_repo('org/mine', {p.name: p.read_bytes() for p in (tmp_path / 'net').iterdir()})
+    resnet = randomize(timm.create_model('resnet18'))
+    save_file(resnet.state_dict(), tmp_path / 'resnet18.safetensors')
+    hub.add_repo('timm/resnet18.a1_in1k', {'model.safetensors': (tmp_path / 'resnet18.safetensors').read_bytes()})
+    hub.faults += [Fault('GET', BODY, flip=5000), Fault('GET', '/resolve/main/config.json', flip=9)]
+    lab = tmp_path / 'lab'
+
+    def pull(*names):
+        command = [sys.executable, '-m', 'timm_regnet_rnn', 'pull', *names, '--to', lab]
+        env = environment(hub, HF_HOME=str(tmp_path / 'cache'))
+        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+
+    names = NAME, 'regnet_convlstm_18', 'mine'
+    done = pull(NAME, 'regnet_convlstm_18', 'hf-hub:org/mine')
+    assert done.stdout.splitlines() == [f'local-dir:{lab / name}' for name in names], done.stderr
+    assert [fault.seen > 0 for fault in hub.faults] == [True, True]
+    for name in names:
+        check = subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd=lab / name, capture_output=True, text=True)
+        assert check.stdout.count(': OK') == 2 and {p.name for p in (lab / name).iterdir()} == {
+            *('model.safetensors', 'config.json', 'SHA256SUMS')
+        }
+    assert {p.name for p in lab.iterdir()} == {*names}
+    env = dict(os.environ, HF_HUB_OFFLINE='1', HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path / 'empty'))
+    command = [sys.executable, '-c', LOADS, lab, *names]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{NAME} ['airplane'] 10", 'regnet_convlstm_18 [] 1000', 'mine [] 4'], (
+        done.stderr
+    )
+    mine, warm = (torch.load(lab / f'{name}.pt') for name in names[:0:-1])
+    assert all(torch.equal(mine[key], value) for key, value in net.state_dict().items())
+    assert torch.equal(warm['layer1.0.conv1.weight'], resnet.layer1[0].conv1.weight)
+    # again, and with a file that broke meanwhile
+    weights = lab / NAME / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:-1] + b'?')
+    done = subprocess.run([*command[:4], NAME], env=env, capture_output=True, text=True)
+    assert "model.safetensors' is broken: expected 57f44f73" in done.stderr
+    assert pull(NAME).returncode == 0
+    assert subprocess.run([*command[:4], NAME], env=env, capture_output=True, text=True).returncode == 0
+    (lab / 'regnet_convlstm_20').mkdir()
+    for name, words in (
+        ('nosuch', 'no pretrained weights are called'),
+        ('resnet18', 'no pretrained weights are called'),
+        ('regnet_convgru_20', 'no pretrained weights are called'),
+        ('hf-hub:org/nosuch', 'no such repository'),
+        ('regnet_convlstm_20', 'exists and is none of these folders'),
+    ):
+        done = pull(name)
+        assert done.returncode == 2 and done.stderr.count('\n') == 1 and words in done.stderr, done.stderr
+    assert {p.name for p in lab.iterdir() if p.is_dir()} == {*names, 'regnet_convlstm_20'}
+
+
+def test_a_broken_configuration_in_the_cache(hub, tmp_path):
+    """It is JSON still, but says something else: timm has read it before we can, so the model is not built from it."""
+    net = timm.create_model('regnet_convgru_20', num_classes=4)
+    save_for_hf(net, tmp_path / 'net', safe_serialization=True)
+    hub.add_repo('org/config', {p.name: p.read_bytes() for p in (tmp_path / 'net').iterdir()})
+    script = (
+        'import sys, timm, timm_regnet_rnn\n'
+        "try: print(timm.create_model('hf-hub:org/config', pretrained=True, cache_dir=sys.argv[1]).num_classes)\n"
+        'except OSError as e: print(e)'
+    )
+
+    def load():
+        command = [sys.executable, '-c', script, tmp_path / 'cache']
+        return subprocess.run(command, env=environment(hub), capture_output=True, text=True).stdout.strip()
+
+    assert load() == '4'
+    file = next((tmp_path / 'cache').rglob('config.json')).resolve()
+    file.write_text(file.read_text().replace('"num_classes": 4', '"num_classes": 5'))
+    assert (
+        load() == "config.json of 'org/config' was broken in the cache and is fetched anew: create the model once more."
+    )
+    assert load() == '4'
