@@ -301,14 +301,15 @@ def test_a_read_only_cache(hub):
     """Of another user: root may write anywhere, so the process becomes nobody."""
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
-        client = Client(hub)
+        client = Client(hub, HF_HOME=folder, HF_TOKEN='hf_right')
         file = client.pull('org/net', folder)['file']
         for path in (Path(folder), *Path(folder).rglob('*')):
             if not path.is_symlink():
                 path.chmod(0o555 if path.is_dir() else 0o444)
         client.become_nobody()
         hub.requests.clear()
-        assert client.pull('org/net', folder)['file'] == file and hub.count('GET', BODY) == 0
+        answer = client.pull('org/net', folder)
+        assert answer == dict(file=file) and hub.count('GET', BODY) == 0
         Path(file).resolve().chmod(0o644)
         Path(file).resolve().write_bytes(WEIGHTS[:-1])
         assert 'in the cache is broken and cannot be removed' in client.pull('org/net', folder)['error']

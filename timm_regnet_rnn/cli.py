@@ -1,4 +1,4 @@
-"""The command `timm-regnet-rnn`: list the models, predict images, train, run a script with the models registered."""
+"""The command `timm-regnet-rnn`: list, predict, train, export, pull, and run a script with the models registered."""
 
 import argparse
 import fnmatch
