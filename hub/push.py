@@ -254,7 +254,6 @@ def push(args: argparse.Namespace) -> None:
         if args.dry_run:
             print(f'would be sent to {repo_id}, revision {args.revision or "main"}, in one commit; nothing was sent.')
             return
-        retry(card.validate)
         api = HfApi(library_name='timm_regnet_rnn', library_version=__version__)
         revision = send(api, repo_id, files, args)
         check_sent(repo_id, revision, files)

@@ -402,6 +402,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def upload(self, name, oid):
         if hashlib.sha256(self.body).hexdigest() != oid:
             raise HubError(400, 'BadDigest: the content does not have this sha256')
+        if name not in self.hub.repos:
+            raise HubError(404, 'NoSuchBucket')
         self.hub.repos[name].objects[oid] = self.body
         return Reply(200)
 

@@ -382,7 +382,8 @@ import sys, timm, torch, timm_regnet_rnn
 for name in sys.argv[2:]:
     net = timm.create_model(f'local-dir:{sys.argv[1]}/{name}', pretrained=True).eval()
     torch.save(net.state_dict(), f'{sys.argv[1]}/{name}.pt')
-    print(name, list(net.pretrained_cfg.get('label_names') or ())[:1], net.num_classes)
+    labels = list(net.pretrained_cfg.get('label_names') or ())
+    print(name, labels[:1] if len(labels) == net.num_classes else [], net.num_classes)
 """
 
 

@@ -93,11 +93,13 @@ def _create_regnet(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     file = _locate(cfg, pretrained, kwargs.get('cache_dir'))
     if file:
         kwargs['pretrained_cfg_overlay'] = {**(overlay or {}), 'file': str(file), 'source': None}
+        if kwargs.get('in_chans', cfg.input_size[0]) == cfg.input_size[0]:
+            kwargs['pretrained_cfg_overlay']['first_conv'] = None  # timm up to 1.0.20 would adapt what fits already
     model = build_model_with_cfg(
         RegulatedResNet, variant, pretrained, pretrained_filter_fn=checkpoint_filter_fn, **kwargs
     )
     if file:  # where it lies in this machine's cache is nothing to remember
-        for name, value in dict(file=cfg.file, source=cfg.source).items():
+        for name, value in dict(file=cfg.file, source=cfg.source, first_conv=cfg.first_conv).items():
             model.pretrained_cfg.pop(name, None)
             if value is not None:
                 model.pretrained_cfg[name] = value
