@@ -2,6 +2,7 @@
 
     python verify.py NAME.TAG ...
     python verify.py --all
+    python verify.py NAME.TAG --data-dir DIR   # and its accuracy, on an image folder with the data set
 
 For each entry: the file from the Hub (or inside the package), its size, sha256 and digest of the tensors; then the
 logits on the images stored in checks/, against those stored beside them.
@@ -14,7 +15,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import timm
 import torch
-from model_folder import UsageError, tensor_digest
+from model_folder import Trained, UsageError, evaluate, tensor_digest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
@@ -24,6 +25,7 @@ from timm_regnet_rnn.released import RELEASED, hub_id
 
 HOME = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # of the logits' scale, what arithmetic in another order may change
+ACCURACY = 0.05  # points, likewise
 
 
 def logits(model: torch.nn.Module, images: torch.Tensor, config: Dict[str, Any]) -> torch.Tensor:
@@ -47,8 +49,8 @@ def store_logits(name: str, model: torch.nn.Module, config: Dict[str, Any]) -> N
     )
 
 
-def verify(name: str, cache_dir: Optional[str] = None) -> str:
-    """Check one entry of the manifest; returns what was checked, in words.
+def verify(name: str, data_dir: Optional[str] = None) -> str:
+    """Check one entry of the manifest, with a data set also its accuracy; returns what was checked, in words.
 
     Raises:
         UsageError: It is not in the manifest, or something is not as it says; names expected and found.
@@ -56,17 +58,26 @@ def verify(name: str, cache_dir: Optional[str] = None) -> str:
     """
     if name not in RELEASED:
         raise UsageError(f'{name!r} is not in the manifest, which has {", ".join(RELEASED)}.')
-    entry, file = RELEASED[name], pull(hub_id(name), cache_dir=cache_dir)
+    entry, file = RELEASED[name], pull(hub_id(name))
     for what, found in (('size', file.stat().st_size), ('tensors', tensor_digest(file))):
         if found != entry[what]:
             raise UsageError(f'{name}: {what} is {found}, the manifest says {entry[what]}.')
-    model = timm.create_model(name, pretrained=True, cache_dir=cache_dir).eval()
+    model = timm.create_model(name, pretrained=True).eval()
     check = load_file(HOME / 'checks' / f'{name}.safetensors')
-    found = logits(model, check['images'], resolve_data_config(model=model))
+    config = resolve_data_config(model=model)
+    found = logits(model, check['images'], config)
     error = ((found - check['logits']).abs().max() / check['logits'].abs().max()).item()
     if not error <= TOLERANCE:
         raise UsageError(f'{name}: logits differ from the stored ones by {error:.1e} of their scale.')
-    return f'{name}: {entry["size"]} bytes, sha256 {entry["sha256"][:12]}..., logits within {error:.0e}'
+    words = f'{name}: {entry["size"]} bytes, sha256 {entry["sha256"][:12]}..., logits within {error:.0e}'
+    if data_dir:
+        metrics = entry['metrics']
+        measured = evaluate(Trained(model, name, {}, data_config=config), data_dir, metrics['split'])
+        for key in ('top1', 'top5', 'images'):
+            if abs(measured[key] - metrics[key]) > ACCURACY:
+                raise UsageError(f'{name}: {key} is {measured[key]}, the manifest says {metrics[key]}.')
+        words += f', top-1 {measured["top1"]:.2f} %, top-5 {measured["top5"]:.2f} % on {measured["images"]} images'
+    return words
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -74,13 +85,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     parser = argparse.ArgumentParser(prog='verify.py', description=__doc__.splitlines()[0])
     parser.add_argument('names', nargs='*', metavar='NAME.TAG')
     parser.add_argument('--all', action='store_true', help='everything in the manifest')
+    parser.add_argument('--data-dir', metavar='DIR', help='image folder of the data set: measure the accuracy too')
     args = parser.parse_args(argv)
     if bool(args.names) == args.all:
         parser.exit(2, 'verify.py: give names, or --all.\n')
     failed = False
     for name in RELEASED if args.all else args.names:
         try:
-            print(verify(name))
+            print(verify(name, args.data_dir))
         except (UsageError, OSError, ValueError, RuntimeError) as e:
             failed = True
             print(f'verify.py: {(str(e).splitlines() or [type(e).__name__])[0]}', file=sys.stderr)

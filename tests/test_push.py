@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -284,8 +286,6 @@ def test_accuracy_is_measured_before_anything_is_sent(hub, client, tmp_path, ima
 
 def test_a_release_is_entered_into_the_manifest(hub, tmp_path, images):
     """In a copy of the house, whose own manifest it writes; verify.py then believes it."""
-    import shutil
-
     root = HUB.parent
     for name in ('hub', 'timm_regnet_rnn', 'train_recipes', 'docs'):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__', 'manifest.json.tmp'))
@@ -315,6 +315,20 @@ def test_a_release_is_entered_into_the_manifest(hub, tmp_path, images):
     shutil.rmtree(tmp_path / 'cache')
     done = run('verify.py', name)
     assert done.returncode == 2 and f'expected {entry["sha256"]}' in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_accuracy_of_a_release_on_its_data_set(images):
+    """These images are not the data set, so it must say so; where that is at hand, the same measures it."""
+    command = [sys.executable, HUB / 'verify.py', TAG, '--data-dir']
+    done = subprocess.run([*command, images], capture_output=True, text=True)
+    assert done.returncode == 2 and 'has 4 classes, the model 10' in done.stderr and done.stderr.count('\n') == 1
+    for i in range(4, 10):
+        (images / 'test' / f'class{i}').mkdir()
+        shutil.copy(images / 'test' / 'class0' / '0.png', images / 'test' / f'class{i}')
+    done = subprocess.run([*command, images], capture_output=True, text=True)
+    assert done.returncode == 2 and 'the manifest says 85.26' in done.stderr
+    for i in range(4, 10):
+        shutil.rmtree(images / 'test' / f'class{i}')
 
 
 STEPS = {
@@ -463,8 +477,6 @@ def test_bad_input_is_one_line(hub, client, tmp_path):
 
 def test_disk_full_leaves_nothing(hub, tmp_path):
     """A limit on the size of files stands for it."""
-    import resource
-
     file, _ = checkpoint(tmp_path / 'run')
     command = [
         sys.executable,
