@@ -20,6 +20,8 @@ from hub_server import Fault, HubServer
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 
+from timm_regnet_rnn.cli import main
+
 BODY = '/lfs/'
 RESOLVE = '/resolve/main/model.safetensors'
 WEIGHTS = bytes(random.Random(0).randbytes(300_000))
@@ -342,11 +344,14 @@ NAME = 'regnet_convlstm_20.cifar10_jpeg75'
 HOUSE = Path(__file__).parent.parent
 KNOWN = f"""
 import sys, timm, timm_regnet_rnn
-try:
-    timm.create_model('{NAME}', pretrained=True, cache_dir=sys.argv[1])
-    print('loaded')
-except OSError as e:
-    print(e)
+from timm_regnet_rnn import pull
+pull.WAITS = (0.01, 0.02)
+for cache in sys.stdin:
+    try:
+        timm.create_model('{NAME}', pretrained=True, cache_dir=cache.strip())
+        print('loaded', flush=True)
+    except OSError as e:
+        print(e, flush=True)
 """
 
 
@@ -359,11 +364,13 @@ def test_released_weights_are_checked_against_the_manifest(hub, tmp_path):
     broken = weights[:-1] + bytes([weights[-1] ^ 1])
     truth, lie = (hashlib.sha256(content).hexdigest() for content in (weights, broken))
 
+    env = environment(hub, PYTHONPATH=str(tmp_path))
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, '-c', KNOWN], env=env, cwd=tmp_path, **pipes)
+
     def load(cache):
-        env = environment(hub, PYTHONPATH=str(tmp_path))
-        command = [sys.executable, '-c', KNOWN, tmp_path / cache]
-        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-        return done.stdout.strip() or done.stderr
+        print(tmp_path / cache, file=process.stdin, flush=True)
+        return process.stdout.readline().strip()
 
     repo = f'timm-regnet-rnn/{NAME}'
     assert load('a') == 'loaded' and not hub.requests
@@ -375,19 +382,11 @@ def test_released_weights_are_checked_against_the_manifest(hub, tmp_path):
     assert answer.count('\n') == 0 and f"{embedded.name}' is broken: expected {truth}, found {lie}; 'model" in answer
     hub.commit(repo, {'model.safetensors': weights})
     assert load('b') == 'loaded'
+    process.kill()
+    process.wait()
 
 
-LOADS = """
-import sys, timm, torch, timm_regnet_rnn
-for name in sys.argv[2:]:
-    net = timm.create_model(f'local-dir:{sys.argv[1]}/{name}', pretrained=True).eval()
-    torch.save(net.state_dict(), f'{sys.argv[1]}/{name}.pt')
-    labels = list(net.pretrained_cfg.get('label_names') or ())
-    print(name, labels[:1] if len(labels) == net.num_classes else [], net.num_classes)
-"""
-
-
-def test_a_folder_for_a_machine_without_a_network(hub, tmp_path):
+def test_a_folder_for_a_machine_without_a_network(hub, tmp_path, capsys):
     """An embedded tag, a warm start and somebody's own repository, by the command; then loaded offline."""
     net = randomize(timm.create_model('regnet_convgru_20', num_classes=4, regulated_stages=(2,)))
     save_for_hf(net, tmp_path / 'net', model_args=dict(regulated_stages=[2]), safe_serialization=True)
@@ -398,14 +397,22 @@ def test_a_folder_for_a_machine_without_a_network(hub, tmp_path):
     hub.faults += [Fault('GET', BODY, flip=5000), Fault('GET', '/resolve/main/config.json', flip=9)]
     lab = tmp_path / 'lab'
 
-    def pull(*names):
-        command = [sys.executable, '-m', 'timm_regnet_rnn', 'pull', *names, '--to', lab]
-        env = environment(hub, HF_HOME=str(tmp_path / 'cache'))
-        return subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-
     names = NAME, 'regnet_convlstm_18', 'mine'
-    done = pull(NAME, 'regnet_convlstm_18', 'hf-hub:org/mine')
+    command = [
+        sys.executable,
+        '-m',
+        'timm_regnet_rnn',
+        'pull',
+        '--to',
+        lab,
+        *names[:2],
+        'hf-hub:org/mine',
+        'hf-hub:org/no',
+    ]
+    env = environment(hub, HF_HOME=str(tmp_path / 'cache'))
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.splitlines() == [f'local-dir:{lab / name}' for name in names], done.stderr
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'no such repository' in done.stderr
     assert [fault.seen > 0 for fault in hub.faults] == [True, True]
     for name in names:
         check = subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd=lab / name, capture_output=True, text=True)
@@ -413,33 +420,30 @@ def test_a_folder_for_a_machine_without_a_network(hub, tmp_path):
             *('model.safetensors', 'config.json', 'SHA256SUMS')
         }
     assert {p.name for p in lab.iterdir()} == {*names}
-    env = dict(os.environ, HF_HUB_OFFLINE='1', HF_ENDPOINT='http://127.0.0.1:9', HF_HOME=str(tmp_path / 'empty'))
-    command = [sys.executable, '-c', LOADS, lab, *names]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"{NAME} ['airplane'] 10", 'regnet_convlstm_18 [] 1000', 'mine [] 4'], (
-        done.stderr
-    )
-    mine, warm = (torch.load(lab / f'{name}.pt') for name in names[:0:-1])
-    assert all(torch.equal(mine[key], value) for key, value in net.state_dict().items())
-    assert torch.equal(warm['layer1.0.conv1.weight'], resnet.layer1[0].conv1.weight)
-    # again, and with a file that broke meanwhile
+    # this process is offline
+    embedded, warm, mine = (timm.create_model(f'local-dir:{lab / name}', pretrained=True) for name in names)
+    assert embedded.pretrained_cfg['label_names'][0] == 'airplane' and mine.num_classes == 4
+    assert all(torch.equal(mine.state_dict()[key], value) for key, value in net.state_dict().items())
+    assert torch.equal(warm.layer1[0].conv1.weight, resnet.layer1[0].conv1.weight)
+    # a file that broke meanwhile is noticed, and pulled again
     weights = lab / NAME / 'model.safetensors'
     weights.write_bytes(weights.read_bytes()[:-1] + b'?')
-    done = subprocess.run([*command[:4], NAME], env=env, capture_output=True, text=True)
-    assert "model.safetensors' is broken: expected 57f44f73" in done.stderr
-    assert pull(NAME).returncode == 0
-    assert subprocess.run([*command[:4], NAME], env=env, capture_output=True, text=True).returncode == 0
+    with pytest.raises(OSError, match="model.safetensors' is broken: expected 57f44f73"):
+        timm.create_model(f'local-dir:{lab / NAME}', pretrained=True)
+    assert main(['pull', NAME, '--to', str(lab)]) == 0
+    timm.create_model(f'local-dir:{lab / NAME}', pretrained=True)
     (lab / 'regnet_convlstm_20').mkdir()
+    capsys.readouterr()
     for name, words in (
         ('nosuch', 'no pretrained weights are called'),
         ('resnet18', 'no pretrained weights are called'),
         ('regnet_convgru_20', 'no pretrained weights are called'),
-        ('hf-hub:org/nosuch', 'no such repository'),
         ('regnet_convlstm_20', 'exists and is none of these folders'),
     ):
-        done = pull(name)
-        assert done.returncode == 2 and done.stderr.count('\n') == 1 and words in done.stderr, done.stderr
-    assert {p.name for p in lab.iterdir() if p.is_dir()} == {*names, 'regnet_convlstm_20'}
+        assert main(['pull', name, '--to', str(lab)]) == 2
+        error = capsys.readouterr().err
+        assert error.count('\n') == 1 and words in error
+    assert {p.name for p in lab.iterdir()} == {*names, 'regnet_convlstm_20'}
 
 
 def test_a_broken_configuration_in_the_cache(hub, tmp_path):
@@ -447,20 +451,26 @@ def test_a_broken_configuration_in_the_cache(hub, tmp_path):
     net = timm.create_model('regnet_convgru_20', num_classes=4)
     save_for_hf(net, tmp_path / 'net', safe_serialization=True)
     hub.add_repo('org/config', {p.name: p.read_bytes() for p in (tmp_path / 'net').iterdir()})
-    script = (
-        'import sys, timm, timm_regnet_rnn\n'
-        "try: print(timm.create_model('hf-hub:org/config', pretrained=True, cache_dir=sys.argv[1]).num_classes)\n"
-        'except OSError as e: print(e)'
-    )
+    script = """
+import sys, timm, timm_regnet_rnn
+from pathlib import Path
 
-    def load():
-        command = [sys.executable, '-c', script, tmp_path / 'cache']
-        return subprocess.run(command, env=environment(hub), capture_output=True, text=True).stdout.strip()
+def load():
+    try:
+        return timm.create_model('hf-hub:org/config', pretrained=True, cache_dir=sys.argv[1]).num_classes
+    except OSError as e:
+        return e
 
-    assert load() == '4'
-    file = next((tmp_path / 'cache').rglob('config.json')).resolve()
-    file.write_text(file.read_text().replace('"num_classes": 4', '"num_classes": 5'))
-    assert (
-        load() == "config.json of 'org/config' was broken in the cache and is fetched anew: create the model once more."
-    )
-    assert load() == '4'
+print(load())
+file = next(Path(sys.argv[1]).rglob('config.json')).resolve()
+file.write_text(file.read_text().replace('"num_classes": 4', '"num_classes": 5'))
+print(load())
+print(load())
+"""
+    command = [sys.executable, '-c', script, tmp_path / 'cache']
+    done = subprocess.run(command, env=environment(hub), capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        '4',
+        "config.json of 'org/config' was broken in the cache and is fetched anew: create the model once more.",
+        '4',
+    ], done.stderr
