@@ -1,5 +1,6 @@
 """Every fused op against the reference, in float64, where it is chosen and where it is not."""
 
+import copy
 import os
 import shutil
 import subprocess
@@ -132,6 +133,87 @@ def test_torch_knows_the_op(name, state):
     torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, name).default, tuple(inputs(name, (2, 16, 3, 5), state)))
 
 
+@needs_compiler
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('name', NAMES)
+def test_norm_in_the_step(name, shape):
+    """scale and shift: outputs and every gradient, by the op's own backward."""
+    norm = [torch.randn(shape[1], requires_grad=True) for _ in range(2)]
+    check(name, inputs(name, shape, True) + norm)
+    with torch.no_grad():
+        check_only = [None if t is None else t.detach() for t in inputs(name, shape, False) + norm]
+        torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, name).default, tuple(check_only))
+
+
+@needs_compiler
+@pytest.mark.parametrize('layout', [CL, torch.contiguous_format])
+@pytest.mark.parametrize('how', ['float32', 'bfloat16', 'autocast'])
+@pytest.mark.parametrize('name', NAMES)
+def test_other_types_and_layouts(name, how, layout):
+    """h' is of the type and layout that the reference gives; values and gradients are right within the type."""
+    tensors = inputs(name, (2, 16, 6, 5), True, layout)
+    if how != 'float32':  # x, h and c of the type; under autocast the weights are not
+        kept = 5 if how == 'bfloat16' else 3
+        tensors[:kept] = [t if t is None else t.detach().bfloat16().requires_grad_() for t in tensors[:kept]]
+    only_h = NAMES[name] < 4
+    with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
+        outs, grads = run(fused_cpu.STEPS[name], tensors, only_h)
+    twins = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    true_outs, true_grads = run(getattr(reference, f'{name}_step'), twins, only_h)
+    assert outs[0].dtype == tensors[0].dtype and outs[0].is_contiguous(memory_format=layout)
+    given = [t for t in tensors if t is not None]
+    assert [g.dtype for g in grads] == [t.dtype for t in given]
+    for got, want in zip([*outs[: 1 + (not only_h)], *grads], [*true_outs[: 1 + (not only_h)], *true_grads]):
+        # a sum over 60 pixels weighted by gradients that were themselves rounded
+        assert scaled_error(got.double(), want) < (1e-5 if how == 'float32' else 2e-2)
+
+
+def check_norm(x, step):
+    n = x.shape[1]
+    torch.manual_seed(1)
+    tensors = [x.requires_grad_(), torch.rand(n).add(0.5).requires_grad_(), torch.randn(n).requires_grad_()]
+    twins = [t.detach().double().requires_grad_() for t in tensors]
+    seed = torch.randn(x.shape)
+    outs, true_outs = step(*tensors, 1e-5), reference.batch_norm_relu(*twins, 1e-5)
+    assert not (outs[1].requires_grad or outs[2].requires_grad)
+    grads = torch.autograd.grad((outs[0] * seed).sum(), tensors)
+    true_grads = torch.autograd.grad((true_outs[0] * seed.double()).sum(), twins)
+    for got, want in zip([*outs, *grads], [*true_outs, *true_grads]):
+        assert scaled_error(got.double(), want) < 1e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('shape', [*SHAPES[:1], *SHAPES[2:], (5, 32, 9, 11)])  # the last: 495 rows in tiles of 128
+def test_batch_norm_relu(shape, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_norm(torch.randn(shape).contiguous(memory_format=CL), fused_cpu.batch_norm_relu)
+        check_norm(torch.randn(shape), fused_cpu.batch_norm_relu)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+def test_batch_norm_relu_is_torchs():
+    """The reference itself against torch; variances where the mean is a thousand times the deviation."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 16, 7, 7, dtype=torch.float64), torch.rand(16).double(), torch.randn(16).double()
+    want = torch.relu(torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True))
+    torch.testing.assert_close(reference.batch_norm_relu(x, weight, bias, 1e-5)[0], want)
+    far = (1000 + torch.randn(8, 16, 9, 9)).contiguous(memory_format=CL)
+    _, mean, var = fused_cpu.batch_norm_relu(far, torch.ones(16), torch.zeros(16), 1e-5)
+    torch.testing.assert_close(mean, far.double().mean((0, 2, 3)).float())
+    torch.testing.assert_close(var, far.double().var((0, 2, 3), correction=0).float(), rtol=1e-4, atol=0)
+    tensors = far.requires_grad_(), torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True)
+    torch_library.opcheck(torch.ops.timm_regnet_rnn.batch_norm_relu.default, (*tensors, 1e-5))
+    with pytest.raises(ValueError, match='N a multiple of 16'):
+        fused_cpu.batch_norm_relu(far, torch.ones(8), torch.ones(8), 1e-5)
+    with pytest.raises(ValueError, match='takes float32'):
+        fused_cpu.batch_norm_relu(far.double(), torch.ones(16), torch.ones(16), 1e-5)
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_reference_gradients(name):
     tensors = [None if t is None else t.detach().double() for t in inputs(name, (1, 2, 3, 3), True)]
@@ -146,6 +228,7 @@ def test_wrong_shapes_and_types_are_refused(name):
     """The C++ code sees addresses only: it must never be given what it would read beyond its end."""
     good = [None if t is None else t.detach() for t in inputs(name, (2, 16, 4, 4), True)]
     for i, bad in (
+        (0, good[0][:, :8]),
         (1, good[1][:1]),
         (3, good[3][:, :8]),
         (4, good[4][:, :1]),
@@ -185,11 +268,15 @@ def test_the_rule_and_its_override(cell, monkeypatch):
         out[name] = net(x)
         assert chosen.calls == (0 if name == 'reference' else 3)
     assert scaled_error(out['fused'], out['reference']) < 1e-4 and torch.equal(out['fused'], out[''])
-    with pytest.raises(RuntimeError, match='no fused op here: .* channels_last'):
-        net.to(memory_format=torch.contiguous_format)(x.contiguous())
-    with torch.autocast('cpu', torch.bfloat16), pytest.raises(RuntimeError, match='without autocast'):
-        net(x)
-    with pytest.raises(RuntimeError, match='float32'):
+    for forced in ('fused', ''):  # what has to be converted before the op and after it
+        ops.set_ops(forced)
+        chosen.calls = 0
+        assert scaled_error(net.to(memory_format=torch.contiguous_format)(x.contiguous()), out['reference']) < 1e-4
+        with torch.autocast('cpu', torch.bfloat16):
+            assert scaled_error(net.to(memory_format=CL)(x).float(), out['reference']) < 0.1
+        assert chosen.calls == (0 if cell == 'convrnn' and not forced else 6), 'with one gate it does not pay'
+    ops.set_ops('fused')
+    with pytest.raises(RuntimeError, match='no fused op here: .* float32 and bfloat16, not torch.float64'):
         net.double()(x.double())
     ops.set_ops('')
     chosen.calls = 0
@@ -219,6 +306,120 @@ def test_a_training_step_is_the_same(cell):
     assert scaled_error(gradients(torch.compile(net, backend='aot_eager', fullgraph=True)), want) < 1e-4
     net.set_grad_checkpointing()
     assert scaled_error(gradients(net), want) < 1e-4
+
+
+def count_norms(monkeypatch):
+    """Counts the calls of what stands for a norm: the op in training, and a step's scale in eval mode."""
+    calls = {'training': 0, 'eval': 0}
+    norm = fused_cpu.batch_norm_relu
+
+    def counted(*args):
+        calls['training'] += 1
+        return norm(*args)
+
+    monkeypatch.setattr(fused_cpu, 'batch_norm_relu', counted)
+    for name, step in list(fused_cpu.STEPS.items()):
+
+        def counted_step(x, h, c, weight, bias, scale=None, shift=None, step=step):
+            calls['eval'] += scale is not None
+            return step(x, h, c, weight, bias, scale, shift)
+
+        monkeypatch.setitem(fused_cpu.STEPS, name, counted_step)
+    return calls
+
+
+def small(**kwargs):
+    net = randomize(timm.create_model('regnet_convlstm_20', layers=(2, 1, 1), **kwargs)).to(memory_format=CL)
+    return net, torch.randn(4, 3, 16, 16).contiguous(memory_format=CL)
+
+
+@needs_compiler
+@pytest.mark.parametrize('deploy', [False, True])
+@pytest.mark.parametrize('model', ['regnet_convlstm_20', 'regnet_convgru_50'])
+def test_eval_mode_is_the_same(model, deploy, monkeypatch):
+    """Norm of h within the step, and the fuse convolution as a matrix product; compiled as well."""
+    calls = count_norms(monkeypatch)
+    net = randomize(timm.create_model(model, layers=(1, 2, 1, 1)[-3 if '20' in model else -4 :])).eval()
+    net = (timm.utils.reparameterize_model(net) if deploy else net).to(memory_format=CL)
+    x = torch.randn(2, 3, 33, 33).contiguous(memory_format=CL)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            ops.set_ops('reference')
+            want = net(x)
+            ops.set_ops('')
+            assert scaled_error(net(x), want) < 1e-4
+            assert calls['eval'] == (4 if '20' in model else 5), 'not where a gradient may be wanted'
+    with torch.no_grad():
+        assert scaled_error(torch.compile(net, backend='aot_eager', fullgraph=True)(x), want) < 1e-4
+
+
+@needs_compiler
+def test_norms_keep_their_statistics(monkeypatch):
+    """Buffers after training, and the gradients of frozen norms."""
+    calls = count_norms(monkeypatch)
+    net, x = small()
+    twin = copy.deepcopy(net)
+    for _ in range(2):
+        ops.set_ops('reference')
+        twin(x)
+        assert calls['training'] == 8 * _
+        ops.set_ops('')
+        net(x)
+    assert calls['training'] == 16, 'two norms in each of four blocks'
+    assert list(net.state_dict()) == list(twin.state_dict())
+    for (name, ours), theirs in zip(net.state_dict().items(), twin.state_dict().values()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5, msg=name)
+    gradients = []
+    for model, name in ((net, ''), (twin, 'reference')):
+        ops.set_ops(name)
+        model.load_state_dict(net.state_dict())
+        model.zero_grad()
+        model.eval()(x).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert scaled_error(*gradients) < 1e-4 and calls == {'training': 16, 'eval': 0}
+
+
+@needs_compiler
+@pytest.mark.parametrize('training', [False, True])
+def test_a_traced_graph_has_the_modules(training):
+    """torch.fx sees every norm and activation, whatever would be fused for a tensor."""
+    net, x = small()
+    net.train(training)
+    graph = torch.fx.symbolic_trace(net)
+    assert {'layer1.0.bn_h', 'layer1.0.act_h', 'layer1.0.bn_fuse'} <= {node.target for node in graph.graph.nodes}
+    with torch.no_grad():
+        assert scaled_error(graph(x), net(x)) < 1e-4
+
+
+@needs_compiler
+def test_norms_that_are_left_to_torch(monkeypatch):
+    """Hooks fire; other norms, activations and settings are called as they are."""
+    calls, seen = count_norms(monkeypatch), []
+    net, x = small()
+    net(x)
+    assert calls['training'] == 8
+    hook = net.layer1[0].act_h.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    net(x)
+    assert calls['training'] == 15 and len(seen) == 1
+    with torch.no_grad():
+        net.eval()(x)
+    assert calls['eval'] == 3 and len(seen) == 2
+    hook.remove()
+    net.layer1[0].bn_h.momentum = None
+    net.train()(x)
+    assert calls['training'] == 22 and net.layer1[0].bn_h.num_batches_tracked == 3
+    for kwargs in (dict(norm_layer='groupnorm1'), dict(act_layer='silu')):
+        net, x = small(**kwargs)
+        net(x)
+        with torch.no_grad():
+            net.eval()(x)
+    assert calls == {'training': 22, 'eval': 3}
+    net, x = small(carry='raw')  # h' itself goes on, so that its norm is no part of the step
+    with torch.no_grad():
+        net.eval()(x)
+    assert calls['eval'] == 3
+    with pytest.raises(ValueError, match='more than 1 value per channel'):
+        net.train()(x[:1, :, :4, :4])
 
 
 @needs_compiler
@@ -260,3 +461,21 @@ def test_without_a_compiler(tmp_path):
     assert done.returncode == 1 and 'there is no fused op here: ' in done.stderr.splitlines()[-1]
     done = in_process(tmp_path, TIMM_REGNET_RNN_OPS='quick')
     assert "must be one of '', 'reference', 'fused'; got 'quick'" in done.stderr
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_autograd_keeps_the_inputs_and_nothing_else(name):
+    """Gates are computed again in backward: per step x, h and c stay in memory, and the weights they share."""
+    tensors, kept = inputs(name, (2, 16, 4, 4), True), set()
+    given = {t.untyped_storage().data_ptr() for t in tensors if t is not None}
+
+    def keep(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        fused_cpu.STEPS[name](*tensors)
+        assert kept == given
+        getattr(reference, f'{name}_step')(*tensors)
+        assert kept > given, 'which the reference does not do'

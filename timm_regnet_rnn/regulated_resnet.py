@@ -24,6 +24,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .conv_rnn import CELLS, RegulatorCell
+from .ops import batch_norm_relu, fused_on_cpu
 
 __all__ = ['RegulatedBasicBlock', 'RegulatedBottleneck', 'RegulatedStage', 'RegulatedResNet']
 
@@ -87,13 +88,65 @@ def link_stem(net: nn.Module) -> None:
     net.conv1.reparameterize = _StemFold(net)
 
 
+def is_batch_norm_relu(norm: nn.Module, act: nn.Module) -> bool:
+    """Whether the two compute ReLU(BN(x)) and nothing listens in between, so that one op may do the work of both."""
+    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+    return (
+        type(norm) is nn.BatchNorm2d
+        and type(act) is nn.ReLU
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and not any(getattr(module, hook) for module in (norm, act) for hook in hooks)
+        and not torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def norm_act(norm: nn.Module, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """act(norm(x)); a batch norm and ReLU that are trained are one op where that saves passes over memory.
+
+    Left to itself: a graph that torch.compile fuses, and a single value per channel, which torch refuses.
+    """
+    trained = norm.training and not torch.compiler.is_compiling()
+    if not (trained and is_batch_norm_relu(norm, act) and fused_on_cpu(x) and x.numel() > x.shape[1]):
+        return act(norm(x))
+    x, mean, var = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    values = x.numel() // x.shape[1]
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * (values / (values - 1)), norm.momentum)
+    return x
+
+
+def no_grad_on_cpu(x: torch.Tensor) -> bool:
+    """Whether x is computed with on the CPU in float32 and channels_last, for no gradient and no compiler."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and fused_on_cpu(x)
+
+
+def scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
+    """What a batch norm in eval mode does to each channel."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
 class FuseConv2d(nn.Conv2d):
     """The fuse convolution, 1x1 over [x, h], as the sum of two convolutions: [x, h] is never written to memory."""
 
     def forward(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
         """Features (B, C, H, W) and state (B, N, H, W) to features (B, C, H, W)."""
+        if not torch.jit.is_scripting() and no_grad_on_cpu(x):
+            return self.as_matmul(x, h)
         width = x.shape[1]
         return F.conv2d(x, self.weight[:, :width], self.bias).add_(F.conv2d(h, self.weight[:, width:]))
+
+    @torch.jit.ignore
+    def as_matmul(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        """The same over channels_last, as matrix products of which the second adds to the first's result in place."""
+        weight, width = self.weight.flatten(1), x.shape[1]
+        out = F.linear(x.permute(0, 2, 3, 1), weight[:, :width], self.bias)
+        out.view(-1, weight.shape[0]).addmm_(h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]), weight[:, width:].t())
+        return out.permute(0, 3, 1, 2)
 
 
 class _Foldable:
@@ -176,10 +229,24 @@ class _Regulated(_Foldable):
         Returns:
             The fused features (B, C, H, W), and the state for the next block.
         """
-        raw, c = self.step(x, h, c, weight, bias)
-        h = self.act_h(self.bn_h(raw))
-        main = self.act_fuse(self.bn_fuse(self.conv_fuse(main, h)))
+        if torch.jit.is_scripting():
+            raw, c = self.step(x, h, c, weight, bias)
+            h = self.act_h(self.bn_h(raw))
+            main = self.act_fuse(self.bn_fuse(self.conv_fuse(main, h)))
+        else:
+            if self.norm_in_step(x):
+                h, c = self.step(x, h, c, weight, bias, *scale_and_shift(self.bn_h))
+                raw = h
+            else:
+                raw, c = self.step(x, h, c, weight, bias)
+                h = norm_act(self.bn_h, self.act_h, raw)
+            main = norm_act(self.bn_fuse, self.act_fuse, self.conv_fuse(main, h))
         return main, h if self.carry_norm else raw, c
+
+    def norm_in_step(self, x: torch.Tensor) -> bool:
+        """Whether the regulator's step can do the work of `bn_h` and `act_h` too: in eval mode, without gradients."""
+        eval_mode = self.carry_norm and not self.bn_h.training
+        return eval_mode and is_batch_norm_relu(self.bn_h, self.act_h) and no_grad_on_cpu(x)
 
     def join(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         """The end of a residual branch: SE, stochastic depth, and the sum with the shortcut."""
@@ -189,7 +256,8 @@ class _Regulated(_Foldable):
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        return x + shortcut
+        x += shortcut
+        return x
 
 
 class RegulatedBasicBlock(_Regulated, BasicBlock):

@@ -1,10 +1,12 @@
-// One regulator step, forward and backward, for float32 tensors in channels_last layout.
+// One regulator step, and a batch norm with ReLU, forward and backward, for float32 tensors in channels_last layout.
 //
 // A task is one image times one block of 16 channels. It copies x and h into zero-padded scratch that stays in cache,
 // so that no tap needs a border check, and keeps every gate in registers: x, h and c are read once, h' and c' written
-// once. The backward pass computes the gates again instead of reading them. Gate order, shapes and equations are those of
-// reference.py, the specification; compiled on first use by fused_cpu.py.
+// once. The backward pass computes the gates again instead of reading them. Gate order, shapes and equations are those
+// of reference.py, the specification; compiled on first use by fused_cpu.py.
 
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -23,23 +25,23 @@ typedef int32_t I __attribute__((vector_size(L * 4), aligned(4)));
 inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
 inline V splat(float f) { return V{} + f; }
+inline V relu(V v) { return v < 0.0f ? V{} : v; }  // lets NaN through, as torch's
 inline V clamp(V v, float low, float high) {
     v = v < low ? splat(low) : v;
     return v > high ? splat(high) : v;
 }
 
-// exp for |x| <= 40: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error about 1e-7.
+// exp for |x| <= 40: 2^n times a polynomial of degree 6 on [-ln2/2, ln2/2]; relative error about 1e-7. Its terms are
+// paired (Estrin), which shortens the chain that a tile waits for.
 inline V exp_(V x) {
     const V shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
     V biased = x * 1.44269504f + shift;
     V n = biased - shift;
     V r = x - n * 0.693359375f;
     r = r + n * 2.12194440e-4f;
-    V p = r * 1.3981999507e-3f + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
+    V r2 = r * r;
+    V p = (r * 1.3981999507e-3f + 8.3334519073e-3f) * r2 + (r * 4.1665795894e-2f + 1.6666665459e-1f);
+    p = (p * r + 5.0000001201e-1f) * r2 + (r + 1.0f);
     I bits;
     std::memcpy(&bits, &biased, sizeof bits);
     bits = (bits - 0x4B400000 + 127) << 23;
@@ -71,7 +73,7 @@ struct Shape {
 
 // Weights (G, N, 2, 3, 3) of one channel block as [gate][x or h][tap][lane], and biases as [gate][lane].
 template <int G>
-struct Weights {
+struct alignas(64) Weights {
     float w[G][2][TAPS][L] = {}, b[G][L] = {};
     Weights() = default;
     Weights(const float* weight, const float* bias, int64_t channels, int64_t block) {
@@ -94,6 +96,13 @@ struct Weights {
     }
 };
 
+template <int G>
+std::vector<Weights<G>> all_weights(const Shape& s, const float* weight, const float* bias) {
+    std::vector<Weights<G>> blocks;
+    for (int64_t n = 0; n < s.blocks(); n++) blocks.emplace_back(weight, bias, s.channels, n);
+    return blocks;
+}
+
 // acc[g][p] += 3x3 correlation of padded `src` with w[g] around pixel p of a tile.
 template <int G, int P>
 inline void correlate(const Shape& s, const float* src, const float (*w)[2][TAPS][L], int half, V (&acc)[G][P]) {
@@ -112,17 +121,24 @@ inline void correlate(const Shape& s, const float* src, const float (*w)[2][TAPS
     }
 }
 
-// acc[p] += the transposed correlation of the padded gate gradients with w, around pixel p of a tile.
-template <int G, int P>
+// acc[i][p] += the transposed correlation of the padded gate gradients with w[.][half + i] around pixel p of a tile;
+// with x and h as the two HALVES a gradient is loaded once for both.
+template <int G, int HALVES, int P>
 inline void correlate_transposed(
-    const Shape& s, const float* grads, const float (*w)[2][TAPS][L], int half, V (&acc)[P]) {
+    const Shape& s, const float* grads, const float (*w)[2][TAPS][L], int half, V (*acc)[P]) {
     for (int g = 0; g < G; g++)
 #pragma GCC unroll 16
         for (int t = 0; t < TAPS; t++) {
             const float* at = grads + g * s.padded() - (t / 3 - 1) * s.row() - (t % 3 - 1) * L;
-            V k = load(w[g][half][t]);
+            V in[P];
 #pragma GCC unroll 16
-            for (int p = 0; p < P; p++) acc[p] += k * load(at + p * L);
+            for (int p = 0; p < P; p++) in[p] = load(at + p * L);
+#pragma GCC unroll 16
+            for (int i = 0; i < HALVES; i++) {
+                V k = load(w[g][half + i][t]);
+#pragma GCC unroll 16
+                for (int p = 0; p < P; p++) acc[i][p] += k * in[p];
+            }
         }
 }
 
@@ -157,6 +173,7 @@ void weight_grad(const Shape& s, const float* src, const float* grads, int half,
             for (int64_t x = 0; x < s.width; x++) {
                 const int64_t o = s.at(y, x);
                 V d1 = load(one + o), d2 = load(two + o);
+#pragma GCC unroll 16
                 for (int t = 0; t < TAPS; t++) {
                     V v = load(src + o + (t / 3 - 1) * s.row() + (t % 3 - 1) * L);
                     acc[0][t] += d1 * v;
@@ -178,10 +195,11 @@ void bias_grad(const Shape& s, const float* grads, float (*db)[L]) {
     }
 }
 
-// Tensors of a step; h, c, dh_out and dc_out may be null, which is zero, and dh and dc null, which is not wanted.
+// Tensors of a step; h, c, dh_out and dc_out may be null, which is zero, and dh and dc null, which is not wanted. With
+// scale and shift the step ends in ReLU(h' * scale + shift).
 struct Tensors {
-    const float *x, *h, *c, *dh_out, *dc_out;
-    float *h_out, *c_out, *dx = nullptr, *dh = nullptr, *dc = nullptr;
+    const float *x, *h, *c, *dh_out = nullptr, *dc_out = nullptr, *scale = nullptr, *shift = nullptr;
+    float *h_out = nullptr, *c_out = nullptr, *dx = nullptr, *dh = nullptr, *dc = nullptr;
 };
 
 // One image and one block of channels: where it lies in the tensors, its padded x and h, and room for padded maps.
@@ -193,19 +211,26 @@ struct Task {
     float* room;
     V read(const float* p, int64_t y, int64_t x) const { return p ? load(p + s.pixel(b, n, y, x)) : V{}; }
     void write(float* p, int64_t y, int64_t x, V v) const { store(p + s.pixel(b, n, y, x), v); }
+    void write_h(int64_t y, int64_t x, V h) const {
+        write(t.h_out, y, x, t.scale ? relu(h * load(t.scale + n * L) + load(t.shift + n * L)) : h);
+    }
     const float* state(int64_t y, int64_t x) const { return hs ? hs + s.at(y, x) : nullptr; }
 
     // dx from the padded gradients of all gates, dh from those of the first H plus `direct`.
     template <int G, int H>
     void input_grads(const Weights<G>& w, const float* grads, const float* direct) const {
         tiles(s, [&](auto P, int64_t y, int64_t x) {
-            V acc[P] = {};
-            correlate_transposed<G, P>(s, grads + s.at(y, x), w.w, 0, acc);
-            for (int p = 0; p < P; p++) write(t.dx, y, x + p, acc[p]);
-            if (!t.dh) return;
-            for (int p = 0; p < P; p++) acc[p] = direct ? load(direct + s.at(y, x + p)) : V{};
-            correlate_transposed<H, P>(s, grads + s.at(y, x), w.w, 1, acc);
-            for (int p = 0; p < P; p++) write(t.dh, y, x + p, acc[p]);
+            const float* at = grads + s.at(y, x);
+            V d[2][P] = {};
+            if (t.dh) {
+                for (int p = 0; direct && p < P; p++) d[1][p] = load(direct + s.at(y, x + p));
+                correlate_transposed<H, 2, P>(s, at, w.w, 0, d);
+                correlate_transposed<G - H, 1, P>(s, at + H * s.padded(), w.w + H, 0, d);
+                for (int p = 0; p < P; p++) write(t.dh, y, x + p, d[1][p]);
+            } else {
+                correlate_transposed<G, 1, P>(s, at, w.w, 0, d);
+            }
+            for (int p = 0; p < P; p++) write(t.dx, y, x + p, d[0][p]);
         });
     }
 };
@@ -216,7 +241,7 @@ struct RNN {
         tiles(k.s, [&](auto P, int64_t y, int64_t x) {
             V a[G][P];
             gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
-            for (int p = 0; p < P; p++) k.write(k.t.h_out, y, x + p, tanh_(a[0][p]));
+            for (int p = 0; p < P; p++) k.write_h(y, x + p, tanh_(a[0][p]));
         });
     }
     static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
@@ -262,7 +287,7 @@ struct GRU {
             gates<1, P>(k.s, k.xs + o, k.hs ? rh + o : nullptr, w.w + 2, w.b + 2, a);
             for (int p = 0; p < P; p++) {
                 V h = k.read(k.t.h, y, x + p);
-                k.write(k.t.h_out, y, x + p, h + load(zs + o + p * L) * (tanh_(a[0][p]) - h));
+                k.write_h(y, x + p, h + load(zs + o + p * L) * (tanh_(a[0][p]) - h));
             }
         });
     }
@@ -284,14 +309,14 @@ struct GRU {
         });
         tiles(k.s, [&](auto P, int64_t y, int64_t x) {
             const int64_t o = k.s.at(y, x);
-            V drh[P] = {};
-            if (k.hs) correlate_transposed<1, P>(k.s, grads + 2 * map + o, w.w + 2, 1, drh);
+            V drh[1][P] = {};
+            if (k.hs) correlate_transposed<1, 1, P>(k.s, grads + 2 * map + o, w.w + 2, 1, drh);
             for (int p = 0; p < P; p++) {
                 float* d = grads + map + o + p * L;
                 V r = load(d);
-                store(d, drh[p] * k.read(k.t.h, y, x + p) * r * (1.0f - r));
+                store(d, drh[0][p] * k.read(k.t.h, y, x + p) * r * (1.0f - r));
                 float* past = direct + o + p * L;
-                store(past, load(past) + drh[p] * r);
+                store(past, load(past) + drh[0][p] * r);
             }
         });
         k.input_grads<G, 2>(w, grads, direct);
@@ -322,7 +347,7 @@ struct LSTM {
                 activate(a, p, i, f, o, g);
                 V c = f * k.read(k.t.c, y, x + p) + i * g;
                 k.write(k.t.c_out, y, x + p, c);
-                k.write(k.t.h_out, y, x + p, o * tanh_(c));
+                k.write_h(y, x + p, o * tanh_(c));
             }
         });
     }
@@ -353,13 +378,17 @@ struct LSTM {
     }
 };
 
-// Padded x, h and `maps` more, all zero: a border is never written to, so it stays zero from task to task.
+// Padded x, h and `maps` more, all zero: a border is never written to, so it stays zero from task to task. Aligned,
+// because a load that crosses cache lines costs two.
 struct Scratch {
-    std::vector<float> floats;
+    struct alignas(L * sizeof(float)) Line {
+        float f[L];
+    };
+    std::vector<Line> lines;
     int64_t map;
-    Scratch(const Shape& s, int maps) : floats((2 + maps) * s.padded()), map(s.padded()) {}
+    Scratch(const Shape& s, int maps) : lines((2 + maps) * s.padded() / L), map(s.padded()) {}
     Task task(const Tensors& t, const Shape& s, int64_t b, int64_t n) {
-        float *xs = floats.data(), *hs = xs + map;
+        float *xs = lines.data()->f, *hs = xs + map;
         fill(s, t.x, b, n, xs);
         if (t.h) fill(s, t.h, b, n, hs);
         return Task{t, s, b, n, xs, t.h ? hs : nullptr, hs + map};
@@ -373,14 +402,13 @@ struct Scratch {
 template <class Cell>
 void forward(const Shape& s, const Tensors& t, const float* weight, const float* bias, int threads) {
     const int64_t tasks = s.batch * s.blocks();
+    const auto blocks = all_weights<Cell::G>(s, weight, bias);
 #pragma omp parallel num_threads(threads)
     {
         Scratch scratch(s, Cell::FORWARD);
 #pragma omp for schedule(static)
-        for (int64_t i = 0; i < tasks; i++) {
-            const Weights<Cell::G> w(weight, bias, s.channels, i % s.blocks());
-            Cell::forward(scratch.task(t, s, i / s.blocks(), i % s.blocks()), w);
-        }
+        for (int64_t i = 0; i < tasks; i++)
+            Cell::forward(scratch.task(t, s, i / s.blocks(), i % s.blocks()), blocks[i % s.blocks()]);
     }
 }
 
@@ -391,6 +419,7 @@ void backward(
     int threads) {
     constexpr int G = Cell::G;
     const int64_t tasks = s.batch * s.blocks();
+    const auto blocks = all_weights<G>(s, weight, bias);
 #pragma omp parallel num_threads(threads)
     {
         Scratch scratch(s, Cell::BACKWARD);
@@ -398,8 +427,7 @@ void backward(
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < tasks; i++) {
             const int64_t n = i % s.blocks();
-            const Weights<G> w(weight, bias, s.channels, n);
-            Cell::backward(scratch.task(t, s, i / s.blocks(), n), w, sums[n].w, sums[n].b);
+            Cell::backward(scratch.task(t, s, i / s.blocks(), n), blocks[n], sums[n].w, sums[n].b);
         }
         // In the order of the threads, so that the same number of them gives the same sums.
 #pragma omp for ordered schedule(static, 1)
@@ -410,24 +438,144 @@ void backward(
     }
 }
 
+// Batch norm of a (rows, channels) matrix by its own statistics, then ReLU, in tiles of rows that fit the cache.
+struct Norm {
+    int64_t rows, channels;
+    double eps;
+    const float *weight, *bias;
+    float *mean, *var;
+    static constexpr int64_t TILE_ROWS = 128;
+    typedef double D __attribute__((vector_size(L * 8), aligned(8)));
+
+    // One block of channels: ReLU(x * scale + shift), and 1 / standard deviation.
+    struct Affine {
+        V mean, inverse, scale, shift;
+    };
+    Affine affine(int64_t n) const {
+        Affine a;
+        a.mean = load(mean + n);
+        for (int lane = 0; lane < L; lane++) a.inverse[lane] = 1 / std::sqrt(var[n + lane] + eps);
+        a.scale = a.inverse * load(weight + n);
+        a.shift = load(bias + n) - a.mean * a.scale;
+        return a;
+    }
+
+    // body(first element, end, first channel) for every tile and block of channels, shared out to the threads.
+    template <class Body>
+    void tiles(Body body) const {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r += TILE_ROWS)
+            for (int64_t n = 0; n < channels; n += L)
+                body(r * channels + n, std::min(rows, r + TILE_ROWS) * channels, n);
+    }
+
+    // Adds up the two values per channel that body gives for every tile.
+    template <class Body>
+    void sum(std::vector<double>& total, Body body) const {
+        std::vector<double> part(2 * channels);
+        tiles([&](int64_t first, int64_t end, int64_t n) {
+            D one, two;
+            body(first, end, n, one, two);
+            *reinterpret_cast<D*>(&part[n]) += one;
+            *reinterpret_cast<D*>(&part[channels + n]) += two;
+        });
+        // In the order of the threads, as in `backward`.
+#pragma omp for ordered schedule(static, 1)
+        for (int turn = 0; turn < omp_get_num_threads(); turn++) {
+#pragma omp ordered
+            for (int64_t i = 0; i < 2 * channels; i++) total[i] += part[i];
+        }
+    }
+
+    void forward(const float* x, float* y, int threads) const {
+        std::vector<double> total(2 * channels);
+#pragma omp parallel num_threads(threads)
+        {
+            // Sums of x, and of its squares as those around the tile's mean and the mean's own, which needs a double.
+            sum(total, [&](int64_t first, int64_t end, int64_t, D& one, D& two) {
+                const float count = (end - first + channels - 1) / channels;
+                V s{}, squares{};
+                for (int64_t i = first; i < end; i += channels) s += load(x + i);
+                const V m = s / count;
+                for (int64_t i = first; i < end; i += channels) squares += (load(x + i) - m) * (load(x + i) - m);
+                one = __builtin_convertvector(s, D);
+                two = __builtin_convertvector(squares, D) + one * one / static_cast<double>(count);
+            });
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < channels; n++) {
+                const double m = total[n] / rows;
+                mean[n] = m;
+                var[n] = std::max(total[channels + n] / rows - m * m, 0.0);
+            }
+            tiles([&](int64_t first, int64_t end, int64_t n) {
+                const Affine a = affine(n);
+                for (int64_t i = first; i < end; i += channels) store(y + i, relu(load(x + i) * a.scale + a.shift));
+            });
+        }
+    }
+
+    void backward(const float* x, const float* dy, float* dx, float* dweight, float* dbias, int threads) const {
+        std::vector<double> total(2 * channels);
+        const auto passed = [&](int64_t i, const Affine& a) {
+            return load(x + i) * a.scale + a.shift > 0.0f ? load(dy + i) : V{};
+        };
+#pragma omp parallel num_threads(threads)
+        {
+            sum(total, [&](int64_t first, int64_t end, int64_t n, D& one, D& two) {
+                const Affine a = affine(n);
+                V s{}, product{};
+                for (int64_t i = first; i < end; i += channels) {
+                    const V d = passed(i, a);
+                    s += d;
+                    product += d * (load(x + i) - a.mean);
+                }
+                one = __builtin_convertvector(s, D);
+                two = __builtin_convertvector(product * a.inverse, D);
+            });
+#pragma omp for schedule(static)
+            for (int64_t n = 0; n < channels; n++) dbias[n] = total[n], dweight[n] = total[channels + n];
+            tiles([&](int64_t first, int64_t end, int64_t n) {
+                const Affine a = affine(n);
+                const V slope = a.scale * a.inverse * load(dweight + n) * (-1.0f / rows);
+                const V constant = a.scale * load(dbias + n) * (-1.0f / rows) - slope * a.mean;
+                for (int64_t i = first; i < end; i += channels)
+                    store(dx + i, passed(i, a) * a.scale + (load(x + i) * slope + constant));
+            });
+        }
+    }
+};
+
 }  // namespace
 
 #define CELL(name, Cell)                                                                                             \
     extern "C" void name##_forward(                                                                                  \
         int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, const float* weight,            \
-        const float* bias, const float* x, const float* h, const float* c, float* h_out, float* c_out) {             \
+        const float* bias, const float* x, const float* h, const float* c, const float* scale, const float* shift,   \
+        float* h_out, float* c_out) {                                                                                \
         const Shape s{batch, channels, height, width};                                                               \
-        forward<Cell>(s, Tensors{x, h, c, nullptr, nullptr, h_out, c_out}, weight, bias, threads);                   \
+        forward<Cell>(s, Tensors{x, h, c, nullptr, nullptr, scale, shift, h_out, c_out}, weight, bias, threads);     \
     }                                                                                                                \
     extern "C" void name##_backward(                                                                                 \
         int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, const float* weight,            \
         const float* bias, const float* x, const float* h, const float* c, const float* dh_out, const float* dc_out, \
         float* dx, float* dh, float* dc, float* dweight, float* dbias) {                                             \
         const Shape s{batch, channels, height, width};                                                               \
-        const Tensors t{x, h, c, dh_out, dc_out, nullptr, nullptr, dx, dh, dc};                                      \
+        const Tensors t{x, h, c, dh_out, dc_out, nullptr, nullptr, nullptr, nullptr, dx, dh, dc};                    \
         backward<Cell>(s, t, weight, bias, dweight, dbias, threads);                                                 \
     }
 
 CELL(conv_rnn, RNN)
 CELL(conv_gru, GRU)
 CELL(conv_lstm, LSTM)
+
+extern "C" void batch_norm_relu_forward(
+    int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, double eps, const float* weight,
+    const float* bias, const float* x, float* y, float* mean, float* var) {
+    Norm{batch * height * width, channels, eps, weight, bias, mean, var}.forward(x, y, threads);
+}
+extern "C" void batch_norm_relu_backward(
+    int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, double eps, const float* weight,
+    const float* bias, const float* x, float* mean, float* var, const float* dy, float* dx, float* dweight,
+    float* dbias) {
+    Norm{batch * height * width, channels, eps, weight, bias, mean, var}.backward(x, dy, dx, dweight, dbias, threads);
+}

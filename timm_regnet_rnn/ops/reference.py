@@ -1,4 +1,4 @@
-"""One step of each regulator cell in plain PyTorch: the specification that every fused op is checked against.
+"""One step of each regulator cell, and what follows it, in plain PyTorch: the specification of every fused op.
 
 Shapes: x, h and c are (B, N, H, W); the folded gate kernel is (G, N, 2, 3, 3) and its bias (G, N), where N is the
 block's inner width and G the number of gates. Tap 0 of the axis of size two reads x, tap 1 reads h. None is the zero
@@ -29,15 +29,33 @@ def gate(x: torch.Tensor, h: Optional[torch.Tensor], weight: torch.Tensor, bias:
     return out
 
 
+def affine_relu(h: torch.Tensor, scale: Optional[torch.Tensor], shift: Optional[torch.Tensor]) -> torch.Tensor:
+    """ReLU(scale ⊙ h + shift), a batch norm in eval mode and ReLU, with scale and shift (N,); without them h."""
+    if scale is None or shift is None:
+        return h
+    return torch.relu(h * scale[:, None, None] + shift[:, None, None])
+
+
+def batch_norm_relu(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """ReLU(BN(x)) of x (B, N, H, W) in training mode; and its mean and (biased) variance (N,), without gradients."""
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    scale = weight * (var + eps).rsqrt()
+    return affine_relu(x, scale, bias - mean * scale), mean.detach(), var.detach()
+
+
 def conv_rnn_step(
     x: torch.Tensor,
     h: Optional[torch.Tensor],
     c: Optional[torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor,
+    scale: Optional[torch.Tensor] = None,
+    shift: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """h' = tanh(gate_h(x, h)). c passes through untouched."""
-    return torch.tanh(gate(x, h, weight[0], bias[0])), c
+    return affine_relu(torch.tanh(gate(x, h, weight[0], bias[0])), scale, shift), c
 
 
 def conv_gru_step(
@@ -46,6 +64,8 @@ def conv_gru_step(
     c: Optional[torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor,
+    scale: Optional[torch.Tensor] = None,
+    shift: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """h' = (1 - z) ⊙ h + z ⊙ tanh(gate_n(x, r ⊙ h)), gates in the order z, r, n. c passes through untouched."""
     z = torch.sigmoid(gate(x, h, weight[0], bias[0]))
@@ -53,7 +73,7 @@ def conv_gru_step(
     if h is None:
         h = torch.zeros_like(z)
     n = torch.tanh(gate(x, r * h, weight[2], bias[2]))
-    return h + z * (n - h), c
+    return affine_relu(h + z * (n - h), scale, shift), c
 
 
 def conv_lstm_step(
@@ -62,6 +82,8 @@ def conv_lstm_step(
     c: Optional[torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor,
+    scale: Optional[torch.Tensor] = None,
+    shift: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """c' = f ⊙ c + i ⊙ g and h' = o ⊙ tanh(c'), gates in the order i, f, o, g."""
     i = torch.sigmoid(gate(x, h, weight[0], bias[0]))
@@ -71,4 +93,4 @@ def conv_lstm_step(
     if c is None:
         c = torch.zeros_like(g)  # not skipped: the forget gate stays in the graph, so DDP finds every parameter used
     c = f * c + i * g
-    return o * torch.tanh(c), c
+    return affine_relu(o * torch.tanh(c), scale, shift), c
