@@ -1,112 +1,307 @@
-"""RegNets against their ResNets on CPU, in one process and interleaved: training, and inference as deployed.
+"""RegNets against their ResNets, and the regulator's step against plain PyTorch and the memory's bandwidth.
 
-    python benchmarks/speed.py [--rounds 9] [--threads N]
+    python -m benchmarks.speed [--device cpu|cuda] [--threads 1] [--rounds 7] [--only TEXT] [--profile]
 
-Prints a Markdown table. A ratio is images per second over the ResNet's, taken round by round: both nets run within
-moments of each other, so that a machine that is busy at times slows both. Median and range over rounds; beside it the
-ratio that the multiply-adds alone allow. Channels_last, float32, random data.
+One process, everything in turn: a ratio is taken within a round, so a machine that is busy at times slows both sides
+of it. The tables give the median over rounds and the range; images/s and milliseconds are those of this device.
+Data are random, layout is channels_last. `fused` and `reference` are the implementations of the regulator's step;
+`compiled` is torch.compile; `deployed` has every norm that follows a convolution folded into it, in the ResNet too.
 """
 
 import argparse
+import contextlib
+import io
 import statistics
 import time
-from typing import Callable, Dict, List
+import warnings
+from dataclasses import dataclass, replace
+from typing import Callable, Dict, Iterator, List, Optional, Tuple
 
 import timm
 import torch
+from torch.nn.functional import cross_entropy
 
 from timm_regnet_rnn import ops
 from timm_regnet_rnn.complexity import complexity
+from timm_regnet_rnn.conv_rnn import CELLS
 from timm_regnet_rnn.record import device_name
 
-TRAINING = ('cifar_resnet_20', ('regnet_convrnn_20', 'regnet_convgru_20', 'regnet_convlstm_20'), 128, 32)
-INFERENCE = ('resnet50', ('regnet_convrnn_50', 'regnet_convgru_50', 'regnet_convlstm_50'), 8, 224)
+Step = Callable[[], None]
+CL = torch.channels_last
 
 
-def images(batch: int, size: int) -> torch.Tensor:
-    """Random images (batch, 3, size, size) in channels_last."""
-    return torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+@dataclass(frozen=True)
+class Case:
+    """One RegNet beside its ResNet.
+
+    Attributes:
+        work: 'training', 'inference', or 'inference, ONNX Runtime'.
+        regnet: The model.
+        batch: Images at once.
+        dtype: 'float32', or 'bfloat16' by autocast.
+        form: 'eager', 'compiled' or 'deployed'.
+        op: Implementation of the step, 'fused' or 'reference'.
+    """
+
+    work: str
+    regnet: str
+    batch: int
+    dtype: str = 'float32'
+    form: str = 'eager'
+    op: str = 'fused'
+
+    @property
+    def resnet(self) -> str:
+        """The model it is measured against."""
+        depth = self.regnet.split('_')[-1]
+        return f'cifar_resnet_{depth}' if int(depth) in (20, 32, 44, 56, 110) else f'resnet{depth}'
+
+    @property
+    def size(self) -> int:
+        """Height and width of the images."""
+        return 32 if self.resnet.startswith('cifar') else 224
+
+    def __str__(self) -> str:
+        return f'{self.work}, {self.form}, {self.dtype}, batch {self.batch}, {self.size}x{self.size}'
 
 
-def training_step(name: str, batch: int, size: int) -> Callable[[], None]:
-    """One SGD step of a model on fixed random data."""
-    model = timm.create_model(name).to(memory_format=torch.channels_last).train()
+DEPLOYED = Case('inference', 'regnet_convlstm_50', 8, form='deployed')
+TRAINED = Case('training', 'regnet_convlstm_20', 128)
+CPU_CASES = [
+    *(replace(TRAINED, regnet=f'regnet_{cell}_20') for cell in CELLS),
+    replace(TRAINED, op='reference'),
+    replace(TRAINED, dtype='bfloat16'),
+    *(replace(DEPLOYED, regnet=f'regnet_{cell}_50') for cell in CELLS),
+    replace(DEPLOYED, op='reference'),
+    replace(DEPLOYED, batch=1),
+    replace(DEPLOYED, dtype='bfloat16'),
+    replace(DEPLOYED, work='inference, ONNX Runtime', op='reference'),
+    Case('inference', 'regnet_convlstm_20', 128, form='compiled'),
+]
+GPU = Case('training', 'regnet_convlstm_50', 256, 'bfloat16')
+GPU_CASES = [
+    *(replace(GPU, regnet=f'regnet_{cell}_50') for cell in CELLS),
+    replace(GPU, op='reference'),
+    replace(GPU, form='compiled'),
+    replace(GPU, dtype='float32', batch=128),
+    replace(GPU, work='inference'),
+    replace(GPU, work='inference', form='compiled'),
+    replace(GPU, work='inference', form='compiled', batch=1),
+    replace(GPU, work='inference', form='deployed'),
+    Case('training', 'regnet_convlstm_20', 1024, 'bfloat16'),
+]
+# Shapes of the step: a first and a last stage of a net for ImageNet, and a CIFAR net's.
+CPU_SHAPES = [(8, 64, 56, 56), (8, 512, 7, 7), (128, 16, 32, 32)]
+GPU_SHAPES = [(256, 64, 56, 56), (256, 512, 7, 7), (1024, 16, 32, 32)]
+
+
+def make_model(case: Case, regulated: bool, device: str) -> torch.nn.Module:
+    """The RegNet of a case, or its ResNet, in the form asked for."""
+    kwargs = {} if regulated else dict(regulator='none')  # our ResNet: the norms of timm's do not fold
+    model = timm.create_model(case.regnet, **kwargs)
+    model = model.to(device, memory_format=CL).train(case.work == 'training')
+    if case.form == 'deployed':
+        model = timm.utils.reparameterize_model(model)
+    return model
+
+
+def make_step(case: Case, model: torch.nn.Module, device: str, size: Optional[int] = None) -> Step:
+    """A training step or a forward pass on fixed random data, of the model's own image size if `size` is None."""
+    size = size or case.size
+    x = torch.randn(case.batch, 3, size, size, device=device).contiguous(memory_format=CL)
+    if 'ONNX' in case.work:
+        return onnx_step(model, x)
+    net = torch.compile(model) if case.form == 'compiled' else model
+    cast = torch.autocast(device, torch.bfloat16, enabled=case.dtype == 'bfloat16')
+    if case.work == 'inference':
+
+        def step() -> None:
+            with torch.inference_mode(), cast:
+                net(x)
+
+        return step
+    y = torch.randint(model.num_classes, (case.batch,), device=device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    x, y = images(batch, size), torch.randint(model.num_classes, (batch,))
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
+        with cast:
+            loss = cross_entropy(net(x), y)
+        loss.backward()
         optimizer.step()
 
     return step
 
 
-def inference_step(name: str, batch: int, size: int) -> Callable[[], None]:
-    """One forward pass of a model as deployed, with every norm folded into its convolution; ResNets too."""
-    kwargs = {} if 'regnet' in name else dict(regulator='none')  # our ResNet, since timm's does not fold its norms
-    twin = name if kwargs == {} else f'regnet_convlstm_{name.removeprefix("resnet")}'
-    model = timm.utils.reparameterize_model(timm.create_model(twin, **kwargs).eval())
-    model = model.to(memory_format=torch.channels_last)
-    x = images(batch, size)
+def onnx_step(model: torch.nn.Module, x: torch.Tensor) -> Step:
+    """A forward pass by ONNX Runtime with as many threads as torch has."""
+    import onnxruntime
 
-    def step() -> None:
-        with torch.inference_mode():
-            model(x)
+    with contextlib.redirect_stdout(io.StringIO()):
+        program = torch.onnx.export(model, (x.contiguous(),), dynamo=True, verbose=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    data = program.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(data, options, providers=['CPUExecutionProvider'])
+    feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+    return lambda: session.run(None, feed)
 
-    return step
+
+def seconds(step: Step, op: str, device: str) -> float:
+    """How long a step takes with one implementation of the regulator's op."""
+    ops.set_ops('reference' if op == 'reference' else '')
+    if device == 'cuda':
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
 
 
-def rates(steps: Dict[str, Callable[[], None]], batch: int, rounds: int) -> Dict[str, List[float]]:
-    """Images per second of each step in each round, after one round to warm up."""
+def interleaved(steps: Dict[str, Tuple[Step, str]], rounds: int, device: str) -> Dict[str, List[float]]:
+    """Seconds of each step in each round, after two rounds to warm up."""
     found: Dict[str, List[float]] = {name: [] for name in steps}
-    for turn in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if turn:
-                found[name].append(batch / (time.perf_counter() - start))
+    for turn in range(-2, rounds):
+        for name, (step, op) in steps.items():
+            taken = seconds(step, op, device)
+            if turn >= 0:
+                found[name].append(taken)
     return found
 
 
-def table(rounds: int) -> List[str]:
-    """The lines of the table."""
-    lines = [
-        '| | model | op | images/s | to its ResNet: median (range) | multiply-adds allow |',
-        '|---|---|---|---|---|---|',
-    ]
-    for kind, make, (resnet, models, batch, size) in (
-        ('training', training_step, TRAINING),
-        ('inference', inference_step, INFERENCE),
-    ):
-        steps, macs = {(resnet, ''): make(resnet, batch, size)}, {}
-        for name in (resnet, *models):
-            macs[name] = complexity(timm.create_model(name, device='meta').eval())['macs']
-        for name in models:
-            step = make(name, batch, size)
-            for op in ('reference', 'fused'):
-                steps[name, op] = lambda op=op, step=step: (ops.set_ops(op), step())
-        found = rates(steps, batch, rounds)
-        for (name, op), values in found.items():
-            ratios = [value / base for value, base in zip(values, found[resnet, ''])]
-            median = statistics.median(ratios)
-            ratio = f'{median:.2f} ({min(ratios):.2f} to {max(ratios):.2f})' if op else ''
-            allowed = f'{macs[resnet] / macs[name]:.2f}' if op else ''
-            what = f'{kind}, batch {batch}, {size}x{size}'
-            lines.append(f'| {what} | `{name}` | {op} | {statistics.median(values):.1f} | {ratio} | {allowed} |')
-    return lines
+def spread(ratios: List[float]) -> str:
+    """Median and range."""
+    return f'{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
+
+
+def memory(case: Case, regulated: bool, step: Step, model: torch.nn.Module, device: str) -> float:
+    """Bytes that one training step holds at most: what is allocated on a GPU, what autograd saves on a CPU."""
+    ops.set_ops('reference' if case.op == 'reference' else '')
+    if device == 'cuda':
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    saved: Dict[int, int] = {}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        step()
+    return sum(saved.values())
+
+
+def model_rows(cases: List[Case], rounds: int, device: str) -> Iterator[str]:
+    """The table of models; cases with the same ResNet, batch and form are measured in the same rounds."""
+    yield '| what | model | op | images/s | to its ResNet | multiply-adds allow | training memory to its ResNet |'
+    yield '|---|---|---|---|---|---|---|'
+    groups: Dict[Tuple, List[Case]] = {}
+    for case in cases:
+        groups.setdefault((str(case), case.resnet), []).append(case)
+    for group in groups.values():
+        torch.compiler.reset()
+        base = make_model(group[0], False, device)
+        models = {case: make_model(case, True, device) for case in group}
+        steps = {case: make_step(case, model, device) for case, model in models.items()}
+        resnet = make_step(group[0], base, device)
+        timed = {'': (resnet, ''), **{case: (step, case.op) for case, step in steps.items()}}
+        found = interleaved(timed, rounds, device)
+        for case, model in models.items():
+            macs = [
+                complexity(timm.create_model(name, device='meta').eval())['macs'] for name in (case.resnet, case.regnet)
+            ]
+            ratio = spread([base / own for base, own in zip(found[''], found[case])])
+            held = ''
+            if case.work == 'training' and case.form == 'eager':
+                both = memory(case, True, steps[case], model, device), memory(case, False, resnet, base, device)
+                held = f'{both[0] / both[1]:.2f}'
+            speed = case.batch / statistics.median(found[case])
+            yield (
+                f'| {case} | `{case.regnet}` | {case.op} | {speed:.1f} | {ratio} | {macs[0] / macs[1]:.2f} | {held} |'
+            )
+
+
+def op_rows(shapes: List[Tuple[int, ...]], rounds: int, device: str) -> Iterator[str]:
+    """The table of the step: against plain PyTorch, and against a copy that moves as many bytes as it must."""
+    yield '| step | state (B, N, H, W) | milliseconds | over plain PyTorch | of a copy of the same bytes |'
+    yield '|---|---|---|---|---|'
+    dtype = torch.bfloat16 if device == 'cuda' else torch.float32
+    for shape in shapes:
+        for cell, kind in CELLS.items():
+            tensors = [torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=CL) for _ in range(3)]
+            weight, bias = (t.detach() for t in kind(shape[1], device=device).kernel())
+            x, h, c = tensors[0], tensors[1], tensors[2] if cell == 'convlstm' else None
+            moved = 5 if cell == 'convlstm' else 3  # reads x, h and c, writes h and c
+            source = torch.randn(moved * x.numel() // 2, device=device, dtype=dtype)
+            target = torch.empty_like(source)
+
+            def forward(kind=kind, args=(x, h, c, weight, bias)) -> None:
+                with torch.inference_mode():
+                    kind.step(*args)
+
+            steps = {
+                'fused': (forward, 'fused'),
+                'reference': (forward, 'reference'),
+                'copy': (lambda target=target, source=source: target.copy_(source), ''),
+            }
+            found = interleaved(steps, 3 * rounds, device)
+            gain = spread([a / b for a, b in zip(found['reference'], found['fused'])])
+            bound = spread([a / b for a, b in zip(found['copy'], found['fused'])])
+            yield f'| {cell} | {shape} | {1000 * statistics.median(found["fused"]):.3f} | {gain} | {bound} |'
+
+
+def profile(cases: List[Case], device: str) -> None:
+    """Print where a step's time goes, operator by operator, for the RegNet and its ResNet."""
+    from torch.profiler import ProfilerActivity
+
+    activity = ProfilerActivity.CUDA if device == 'cuda' else ProfilerActivity.CPU
+    for case in cases:
+        for regulated in (False, True):
+            step = make_step(case, make_model(case, regulated, device), device)
+            seconds(step, case.op, device)
+            with torch.profiler.profile(activities=[activity, ProfilerActivity.CPU]) as found:
+                for _ in range(3):
+                    seconds(step, case.op, device)
+            print(f'\n{case.regnet if regulated else case.resnet}, {case}, three steps')
+            print(
+                found.key_averages().table(sort_by=f'self_{device}_time_total', row_limit=16, max_name_column_width=45)
+            )
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--rounds', type=int, default=9, help='default: %(default)s')
+    parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='default: %(default)s')
+    parser.add_argument('--rounds', type=int, default=7, help='default: %(default)s')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='default: %(default)s')
+    parser.add_argument('--only', default='', metavar='TEXT', help="cases whose description has it, e.g. 'bfloat16'")
+    parser.add_argument('--profile', action='store_true', help='print where the time goes instead')
     args = parser.parse_args()
+    if args.rounds < 1 or args.threads < 1:
+        parser.error('--rounds and --threads must be at least 1')
+    if args.device == 'cuda' and not torch.cuda.is_available():
+        parser.error('torch sees no GPU; --device cpu')
+    warnings.filterwarnings('ignore', message='.*torch.compile|.*TF32|.*deprecated')
     torch.set_num_threads(args.threads)
-    lines = table(args.rounds)
-    print(f'{device_name("cpu")}, torch {torch.__version__}, {args.rounds} rounds:\n')
-    print('\n'.join(lines))
+    cases, shapes = (GPU_CASES, GPU_SHAPES) if args.device == 'cuda' else (CPU_CASES, CPU_SHAPES)
+    cases = [case for case in cases if args.only in f'{case} {case.regnet} {case.op}']
+    if args.profile:
+        return profile(cases, args.device)
+    print(f'{device_name(args.device)}, torch {torch.__version__.split("+")[0]}, {args.rounds} rounds\n')
+    for line in model_rows(cases, args.rounds, args.device):
+        print(line, flush=True)
+    if not args.only:
+        print()
+        for line in op_rows(shapes, args.rounds, args.device):
+            print(line, flush=True)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,71 @@
+"""The benchmarks run and their tables are whole; what they measure is for the reader, not for a test."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HOUSE = Path(__file__).parent.parent
+sys.path.append(str(HOUSE))
+from benchmarks import scaling, speed  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def rule():
+    from timm_regnet_rnn import ops
+
+    before = ops._ops
+    yield
+    ops.set_ops(before)
+
+
+@pytest.mark.parametrize(
+    'case',
+    [
+        speed.Case('training', 'regnet_convrnn_20', 2, 'bfloat16'),
+        speed.Case('training', 'regnet_convlstm_20', 2, op='reference'),
+        speed.Case('inference', 'regnet_convgru_18', 1, form='deployed'),
+    ],
+    ids=str,
+)
+def test_a_row(case):
+    lines = list(speed.model_rows([case], 2, 'cpu'))
+    cells = [cell.strip() for cell in lines[-1].strip('|').split('|')]
+    assert len(lines) == 3 and all(line.count('|') == 8 for line in lines)
+    assert cells[:3] == [str(case), f'`{case.regnet}`', case.op] and float(cells[3]) > 0
+    middle, low, high = map(float, re.fullmatch(r'([\d.]+) \(([\d.]+) to ([\d.]+)\)', cells[4]).groups())
+    assert 0 <= low <= middle <= high and 0.5 < float(cells[5]) < 1
+    assert (1 < float(cells[6]) < 6) if case.work == 'training' else cells[6] == ''
+
+
+def test_the_op():
+    lines = list(speed.op_rows([(1, 16, 5, 4)], 1, 'cpu'))
+    assert len(lines) == 2 + 3 and all(line.count('|') == 6 for line in lines)
+
+
+def test_memory_is_what_autograd_holds():
+    """The fused step holds no gates, so less than the reference."""
+    held = {}
+    for op in ('fused', 'reference'):
+        case = speed.Case('training', 'regnet_convlstm_20', 2, op=op)
+        model = speed.make_model(case, True, 'cpu')
+        held[op] = speed.memory(case, True, speed.make_step(case, model, 'cpu'), model, 'cpu')
+    assert held['fused'] < 0.8 * held['reference']
+
+
+def test_a_plot(tmp_path, monkeypatch):
+    monkeypatch.setattr(scaling, 'AXES', dict(batch=('batch', (1, 2))))
+    monkeypatch.setattr(scaling, 'DEFAULTS', dict(depth=20, width=16, size=8, batch=1))
+    scaling.draw(tmp_path / 'plot.svg', 1, 'cpu')
+    assert (tmp_path / 'plot.svg').read_bytes().count(b'<path') > 20
+
+
+@pytest.mark.parametrize(
+    'args', [('speed', '--rounds', '0'), ('speed', '--nosuch'), ('scaling', '--to', '/nowhere/x.svg')]
+)
+def test_bad_arguments(args):
+    command = [sys.executable, '-m', f'benchmarks.{args[0]}', *args[1:]]
+    done = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
