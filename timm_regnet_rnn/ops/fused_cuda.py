@@ -109,8 +109,9 @@ def _load(ptr, tile, y, dx, ROWS: tl.constexpr, SHAPE: tl.constexpr):
 
 @inline
 def _store(ptr, rows, tile, y, SHAPE: tl.constexpr):
+    TY: tl.constexpr = SHAPE[1]
     ptr, pitch = _row(ptr, tile, y, 0, SHAPE)
-    for row in tl.static_range(SHAPE[1]):
+    for row in tl.static_range(TY):
         tl.store(ptr + row * pitch, rows[row], tile[3] & (y < tile[5] - row))
 
 
@@ -123,7 +124,7 @@ def _weight(ptr, tile):
 @inline
 def _fill(acc, value, ROWS: tl.constexpr, SHAPE: tl.constexpr):
     """acc and ROWS more tensors that hold a value."""
-    value += tl.zeros((SHAPE[2], SHAPE[3]) if SHAPE[0] else (SHAPE[3], SHAPE[2]), tl.float32)
+    value += tl.full((SHAPE[2], SHAPE[3]) if SHAPE[0] else (SHAPE[3], SHAPE[2]), 0, tl.float32)
     for _ in tl.static_range(ROWS):
         acc += (value,)
     return acc
@@ -347,7 +348,8 @@ def weights_kernel(x, h, planes, partial, items, chunk, size, N, H, W, GATES: tl
     blocks = _blocks(N, TC)
     block, first = program % blocks, program // blocks * chunk
     acc = _fill((), 0.0, 9 * SOURCES + 1, SHAPE)
-    for item in range(first, tl.minimum(first + chunk, items)):
+    item, end = first, tl.minimum(first + chunk, items)
+    while item < end:  # not a range: with NumPy 2.4 the interpreter of Triton 3.6 has none of tensors
         tile, y = _tile(item, block, N, H, W, SHAPE)
         sources = _load(x, tile, y, 0, TY, SHAPE)
         if h is not None:
@@ -371,6 +373,7 @@ def weights_kernel(x, h, planes, partial, items, chunk, size, N, H, W, GATES: tl
                 for row in tl.static_range(TY):
                     bias += rows[row + 1]
         acc = more + (bias,)
+        item += 1
     n = block * TC + tl.arange(0, TC)
     out = partial + (first // chunk * GATES + gate).to(tl.int64) * 19 * N + n
     for i in tl.static_range(9 * SOURCES):
