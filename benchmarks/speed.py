@@ -258,22 +258,24 @@ def op_rows(shapes: List[Tuple[int, ...]], rounds: int, device: str) -> Iterator
             yield f'| {cell} | {shape} | {1000 * statistics.median(found["fused"]):.3f} | {gain} | {bound} |'
 
 
-def profile(cases: List[Case], device: str) -> None:
-    """Print where a step's time goes, operator by operator, for the RegNet and its ResNet."""
-    from torch.profiler import ProfilerActivity
-
-    activity = ProfilerActivity.CUDA if device == 'cuda' else ProfilerActivity.CPU
+def profile(cases: List[Case], device: str, steps: int = 3) -> None:
+    """Print where a step's time goes, operator by operator, for the RegNet beside its ResNet."""
+    clock = 'self_cpu_time_total' if device == 'cpu' else 'self_device_time_total'  # microseconds
     for case in cases:
+        spent: List[Dict[str, float]] = []
         for regulated in (False, True):
             step = make_step(case, make_model(case, regulated, device), device)
             seconds(step, case.op, device)
-            with torch.profiler.profile(activities=[activity, ProfilerActivity.CPU]) as found:
-                for _ in range(3):
+            with torch.profiler.profile() as found:
+                for _ in range(steps):
                     seconds(step, case.op, device)
-            print(f'\n{case.regnet if regulated else case.resnet}, {case}, three steps')
-            print(
-                found.key_averages().table(sort_by=f'self_{device}_time_total', row_limit=16, max_name_column_width=45)
-            )
+            spent.append({e.key: getattr(e, clock) / 1000 / steps for e in found.key_averages()})
+        print(
+            f'\n{case}: milliseconds a step\n\n| operator | {case.resnet} | {case.regnet}, {case.op} |\n|---|---|---|'
+        )
+        resnet, regnet = ({**times, 'all': sum(times.values())} for times in spent)
+        for key in sorted(regnet, key=regnet.get, reverse=True)[:16]:
+            print(f'| {key} | {resnet.get(key, 0):.1f} | {regnet[key]:.1f} |')
 
 
 def main() -> None:

@@ -45,6 +45,12 @@ def test_the_op():
     assert len(lines) == 2 + 3 and all(line.count('|') == 6 for line in lines)
 
 
+def test_a_profile(capsys):
+    speed.profile([speed.Case('training', 'regnet_convlstm_20', 2)], 'cpu', 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith('| timm_regnet_rnn::conv_lstm_backward | 0.0 |') for line in lines) and len(lines) > 10
+
+
 def test_memory_is_what_autograd_holds():
     """The fused step holds no gates, so less than the reference."""
     held = {}
