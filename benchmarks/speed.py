@@ -178,15 +178,19 @@ def spread(ratios: List[float]) -> str:
     return f'{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
 
 
-def memory(case: Case, regulated: bool, step: Step, model: torch.nn.Module, device: str) -> float:
-    """Bytes that one training step holds at most: what is allocated on a GPU, what autograd saves on a CPU."""
+def memory(case: Case, regulated: bool, device: str) -> float:
+    """Bytes of a training step of a net of its own: the peak on a GPU, on a CPU what autograd saves."""
     ops.set_ops('reference' if case.op == 'reference' else '')
     if device == 'cuda':
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
+        step = make_step(case, make_model(case, regulated, device), device)
         step()
-        return torch.cuda.max_memory_allocated()
-    saved: Dict[int, int] = {}
+        step()  # with the optimizer's state
+        return torch.cuda.max_memory_allocated() - before
+    model = make_model(case, regulated, device)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: Dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -195,7 +199,7 @@ def memory(case: Case, regulated: bool, step: Step, model: torch.nn.Module, devi
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        step()
+        make_step(case, model, device)()
     return sum(saved.values())
 
 
@@ -208,21 +212,17 @@ def model_rows(cases: List[Case], rounds: int, device: str) -> Iterator[str]:
         groups.setdefault((str(case), case.resnet), []).append(case)
     for group in groups.values():
         torch.compiler.reset()
-        base = make_model(group[0], False, device)
-        models = {case: make_model(case, True, device) for case in group}
-        steps = {case: make_step(case, model, device) for case, model in models.items()}
-        resnet = make_step(group[0], base, device)
-        timed = {'': (resnet, ''), **{case: (step, case.op) for case, step in steps.items()}}
-        found = interleaved(timed, rounds, device)
-        for case, model in models.items():
-            macs = [
-                complexity(timm.create_model(name, device='meta').eval())['macs'] for name in (case.resnet, case.regnet)
-            ]
+        steps = {'': (make_step(group[0], make_model(group[0], False, device), device), '')}
+        for case in group:
+            steps[case] = make_step(case, make_model(case, True, device), device), case.op
+        found = interleaved(steps, rounds, device)
+        for case in group:
+            nets = (timm.create_model(name, device='meta').eval() for name in (case.resnet, case.regnet))
+            macs = [complexity(net)['macs'] for net in nets]
             ratio = spread([base / own for base, own in zip(found[''], found[case])])
             held = ''
             if case.work == 'training' and case.form == 'eager':
-                both = memory(case, True, steps[case], model, device), memory(case, False, resnet, base, device)
-                held = f'{both[0] / both[1]:.2f}'
+                held = f'{memory(case, True, device) / memory(case, False, device):.2f}'
             speed = case.batch / statistics.median(found[case])
             yield (
                 f'| {case} | `{case.regnet}` | {case.op} | {speed:.1f} | {ratio} | {macs[0] / macs[1]:.2f} | {held} |'
