@@ -1,6 +1,6 @@
 """Plot how the cost of a regulator grows with depth, width, image size and batch.
 
-    python -m benchmarks.scaling [--device cpu|cuda] [--threads 1] [--rounds 5] [--to docs/scaling.svg]
+    python -m benchmarks.scaling [--device cpu|cuda] [--threads 1] [--rounds 5] [--to benchmarks/scaling.svg]
 
 Time of a RegNet over that of its ResNet, for nets of the CIFAR kind, each point measured in turn with its ResNet: the
 median over rounds and the range; dashed, what the multiply-adds alone would cost. Eager, float32, channels_last.
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument('--device', default='cpu', choices=('cpu', 'cuda'), help='default: %(default)s')
     parser.add_argument('--rounds', type=int, default=5, help='default: %(default)s')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), help='default: %(default)s')
-    parser.add_argument('--to', type=Path, default=Path('docs/scaling.svg'), help='default: %(default)s')
+    parser.add_argument('--to', type=Path, default=Path('benchmarks/scaling.svg'), help='default: %(default)s')
     args = parser.parse_args()
     if not args.to.parent.is_dir():
         parser.error(f'--to: no folder {str(args.to.parent)!r}')
