@@ -126,7 +126,7 @@ def send(api: HfApi, repo_id: str, files: List[Path], args: argparse.Namespace) 
         places = [ref for ref in pull_requests(api, repo_id) if ref not in before] if args.create_pr else [revision]
         for place in places:
             if holds(api, repo_id, place, files):
-                return place
+                return place if args.create_pr else api.repo_info(repo_id, revision=place).sha
         commit = api.create_commit(
             repo_id,
             [CommitOperationAdd(file.name, file) for file in files],
