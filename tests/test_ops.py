@@ -130,7 +130,8 @@ def test_saturated_gates_stay_finite(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_torch_knows_the_op(name, state):
     """Schema, fake kernel, autograd and AOT dispatch, by torch's own check."""
-    torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, name).default, tuple(inputs(name, (2, 16, 3, 5), state)))
+    op = getattr(torch.ops.timm_regnet_rnn, name).default
+    torch_library.opcheck(op, (*inputs(name, (2, 16, 3, 5), state), None, None))
 
 
 @needs_compiler
@@ -479,3 +480,14 @@ def test_autograd_keeps_the_inputs_and_nothing_else(name):
         assert kept == given
         getattr(reference, f'{name}_step')(*tensors)
         assert kept > given, 'which the reference does not do'
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_what_is_not_a_number_stays_so(name):
+    """A diverged net must look diverged."""
+    tensors = [None if t is None else t.detach() for t in inputs(name, (1, 16, 3, 5), True)]
+    tensors[0][0, 3, 1, 2] = float('nan')
+    got, _ = fused_cpu.STEPS[name](*tensors)
+    want, _ = getattr(reference, f'{name}_step')(*tensors)
+    assert torch.equal(got.isnan(), want.isnan()) and got.isnan().any()

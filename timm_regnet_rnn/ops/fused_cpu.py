@@ -131,8 +131,8 @@ def _register(name: str, gates: int, has_c: bool):
         c: Optional[Tensor],
         weight: Tensor,
         bias: Tensor,
-        scale: Optional[Tensor] = None,
-        shift: Optional[Tensor] = None,
+        scale: Optional[Tensor],
+        shift: Optional[Tensor],
     ) -> List[Tensor]:
         _check(gates, x, h, c, weight, bias)
         _check_vectors(x, scale, shift)
@@ -163,7 +163,7 @@ def _register(name: str, gates: int, has_c: bool):
     backward = library.custom_op(f'timm_regnet_rnn::{name}_backward', backward, mutates_args=())
 
     @forward.register_fake
-    def _(x, h, c, weight, bias, scale=None, shift=None):
+    def _(x, h, c, weight, bias, scale, shift):
         return [_empty(x) for _ in range(1 + has_c)]
 
     @backward.register_fake
@@ -179,7 +179,7 @@ def _register(name: str, gates: int, has_c: bool):
         x, h, c, weight, bias, scale, shift = ctx.saved_tensors
         dh_out, dc_out, dscale, dshift = grads[0], grads[1] if has_c else None, None, None
         if scale is not None and dh_out is not None:  # rare, so h' is computed again rather than kept
-            raw = forward(x, h, c, weight, bias)[0]
+            raw = forward(x, h, c, weight, bias, None, None)[0]
             dh_out = dh_out * (raw * scale[:, None, None] + shift[:, None, None] > 0)
             dscale, dshift = (dh_out * raw).sum((0, 2, 3)), dh_out.sum((0, 2, 3))
             dh_out = dh_out * scale[:, None, None]
