@@ -217,8 +217,8 @@ def model_rows(cases: List[Case], rounds: int, device: str) -> Iterator[str]:
             steps[case] = make_step(case, make_model(case, True, device), device), case.op
         found = interleaved(steps, rounds, device)
         for case in group:
-            nets = (timm.create_model(name, device='meta').eval() for name in (case.resnet, case.regnet))
-            macs = [complexity(net)['macs'] for net in nets]
+            with torch.device('meta'):
+                macs = [complexity(timm.create_model(name).eval())['macs'] for name in (case.resnet, case.regnet)]
             ratio = spread([base / own for base, own in zip(found[''], found[case])])
             held = ''
             if case.work == 'training' and case.form == 'eager':
