@@ -78,10 +78,16 @@ def make_card(
     where = f'on its {metrics["images"]:,} {metrics["split"]} images' if metrics else 'on its test split'
     if run and not measured:
         metrics.update(top1=run.top1, top5=run.top5)
-    metrics = metrics and dict(metrics, where=f'{where}, after the last of {epochs} epochs; one run')
+    last = 'the last of ' if run or entry else ''  # of other checkpoints it is not known
+    metrics = metrics and dict(
+        metrics, where=f'{where}, after {last}{epochs or "an unknown number of"} epochs; one run'
+    )
     command = training = ''
     if recipe:
-        training = f"With the recipe `{recipe}`, {epochs} epochs, seed {facts['seed']}, by timm's own train.py."
+        average = ', averaged weights (EMA)' if facts['weights'] == 'ema' else ''
+        training = (
+            f"With the recipe `{recipe}`, {epochs} epochs, seed {facts['seed']}{average}, by timm's own train.py."
+        )
         started = name if entry else trained.name  # from a tag, where it was fine-tuned
         words = f'timm-regnet-rnn train train_recipes/{recipe}.yaml --model {started} --data-dir DIR'
         kwargs = f' --model-kwargs {run.model_kwargs}' if run and run.model_kwargs else ''
