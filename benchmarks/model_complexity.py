@@ -8,10 +8,9 @@ from pathlib import Path
 
 import timm
 
-import timm_regnet_rnn
 from timm_regnet_rnn.complexity import complexity
 
-FILE = Path(timm_regnet_rnn.__file__).parent / 'model_complexity.json'
+FILE = Path(__file__).resolve().parents[1] / 'timm_regnet_rnn' / 'model_complexity.json'
 
 
 def main() -> None:

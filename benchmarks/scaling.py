@@ -17,7 +17,7 @@ import torch
 from benchmarks.speed import Case, interleaved, make_step
 from timm_regnet_rnn.complexity import complexity
 from timm_regnet_rnn.conv_rnn import CELLS
-from timm_regnet_rnn.record import device_name
+from timm_regnet_rnn.training.record import device_name
 
 # Axis -> label and values; what is not varied stays at depth 20, width 16, 32x32 and a batch of 32.
 AXES: Dict[str, Any] = dict(

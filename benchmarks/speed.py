@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from timm_regnet_rnn import ops
 from timm_regnet_rnn.complexity import complexity
 from timm_regnet_rnn.conv_rnn import CELLS
-from timm_regnet_rnn.record import device_name
+from timm_regnet_rnn.training.record import device_name
 
 Step = Callable[[], None]
 CL = torch.channels_last

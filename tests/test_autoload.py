@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 import timm_regnet_rnn
-from timm_regnet_rnn.released import MANIFEST
 
 USE = 'import timm; timm.create_model("regnet_convlstm_20", device="meta"); print("created")'
 
@@ -25,10 +24,7 @@ def python(tmp_path_factory):
     )
     site = Path(out.stdout.strip())
     # what pip would install, and every other package from this environment
-    shutil.copytree(
-        Path(timm_regnet_rnn.__file__).parent, site / 'timm_regnet_rnn', ignore=lambda *_: ['manifest.json']
-    )
-    shutil.copy(MANIFEST, site / 'timm_regnet_rnn')
+    shutil.copytree(Path(timm_regnet_rnn.__file__).parent, site / 'timm_regnet_rnn')
     info = site / f'timm_regnet_rnn-{timm_regnet_rnn.__version__}.dist-info'
     info.mkdir()
     (info / 'METADATA').write_text(

@@ -16,8 +16,9 @@ import pytest
 from matplotlib.figure import Figure
 from timm.models.resnet import ResNet
 
-from timm_regnet_rnn.record import COLUMNS, CURVE
+from timm_regnet_rnn import results as rows
 from timm_regnet_rnn.regulated_resnet import RegulatedResNet
+from timm_regnet_rnn.results import COLUMNS, CURVE
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / 'train_recipes' / 'results.py'
@@ -207,7 +208,7 @@ def test_difference_with_arguments(project):
 def test_regulator_arguments_are_those_of_the_class():
     ours, timms = (set(inspect.signature(cls.__init__).parameters) for cls in (RegulatedResNet, ResNet))
     others = {'kwargs', 'device', 'dtype'}  # timm 1.0.20's has not the last two
-    assert set(results.REGULATOR_KWARGS) == ours - timms - others
+    assert set(rows.REGULATOR_KWARGS) == ours - timms - others
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_regulator_arguments_are_those_of_the_class():
     ],
 )
 def test_resnet_of(model, resnet):
-    assert results.resnet_of((model, '')) == (resnet and (resnet, ''))
+    assert rows.resnet_of((model, '')) == (resnet and (resnet, ''))
 
 
 def test_recipes_stand_side_by_side(project):

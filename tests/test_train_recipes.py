@@ -13,7 +13,7 @@ from timm.data import create_transform, resolve_data_config
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 
-from timm_regnet_rnn.recipe import check_recipe, load_recipe, train_options
+from timm_regnet_rnn.training.recipe import check_recipe, load_recipe, train_options
 
 FOLDER = Path(__file__).parent.parent / 'train_recipes'
 RECIPES = sorted(FOLDER.rglob('*.yaml'))

@@ -126,7 +126,7 @@ def create(name: str, checkpoint: Optional[str]):
     from timm.models import is_model, is_model_pretrained
 
     if name.startswith(('hf-hub:', 'local-dir:')):
-        from . import pull
+        from .weights import pull
 
         pull.check_source(name)
         if checkpoint is None:
@@ -222,7 +222,7 @@ def cmd_export(args: argparse.Namespace) -> int:
 
 def cmd_pull(args: argparse.Namespace) -> int:
     """Make a folder of each model for a machine without a network."""
-    from .pull import pull_folder
+    from .weights.pull import pull_folder
 
     for name in args.name:
         print(f'local-dir:{pull_folder(name, args.to)}')

@@ -15,10 +15,10 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._registry import get_pretrained_cfg
 
 from .conv_rnn import CELLS
-from .model_config import read_config
 from .regulated_resnet import RegulatedResNet, link_stem
-from .released import RELEASED, hub_id
 from .warm_start import checkpoint_filter_fn
+from .weights.config import read_config
+from .weights.manifest import RELEASED, hub_id
 
 __all__ = []  # register_model adds each entrypoint
 
@@ -64,7 +64,7 @@ def _locate(cfg: PretrainedCfg, pretrained: bool, cache_dir: Optional[Union[str,
         if pretrained and cfg.file and not cfg.state_dict:
             check_file(cfg.file)
         return None
-    from . import pull  # with huggingface_hub, which only these need
+    from .weights import pull  # with huggingface_hub, which only these need
 
     if by_name:
         return pull.pull(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)

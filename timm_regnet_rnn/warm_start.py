@@ -213,7 +213,7 @@ def from_resnet(
         adapt = {k: kwargs.pop(k) for k in ('num_classes', 'in_chans') if k in kwargs}
         cfg = timm.get_pretrained_cfg(resnet)
         if pretrained and cfg is not None and cfg.hf_hub_id:
-            from .pull import pull
+            from .weights.pull import pull
 
             adapt['pretrained_cfg_overlay'] = dict(file=str(pull(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)))
         resnet = timm.create_model(resnet, pretrained=pretrained, **adapt)

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from timm_regnet_rnn.recipe import train_options
+from timm_regnet_rnn.training.recipe import train_options
 
 OPTIONS = Path(__file__).with_name('options.json')
 

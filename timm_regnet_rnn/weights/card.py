@@ -1,19 +1,17 @@
 """The model card: model_card.md filled from results.csv, the manifest and the model itself."""
 
-import sys
 from pathlib import Path
 from typing import Any, Dict, Optional
 
 import timm
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from model_folder import Trained
 
-from timm_regnet_rnn.complexity import complexity
-from timm_regnet_rnn.regnet_rnn import CIFAR_DEPTHS
+from .. import results
+from ..complexity import complexity
+from ..regnet_rnn import CIFAR_DEPTHS
+from .folder import Trained
 
 HOME = Path(__file__).resolve().parent
-sys.path.append(str(HOME.parent / 'train_recipes'))
-import results  # noqa: E402  the tables of README.md
 
 # Data set -> its id on the Hub.
 DATASETS = {

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_cli import call, refused
 
-from timm_regnet_rnn import record, training
-from timm_regnet_rnn.recipe import train_options
+from timm_regnet_rnn import results
+from timm_regnet_rnn.training import record
+from timm_regnet_rnn.training import run as training
+from timm_regnet_rnn.training.recipe import train_options
 
 STAND_IN = Path(__file__).parent / 'stand_in'
 RECIPES = Path(__file__).parent.parent / 'train_recipes'
@@ -64,7 +66,7 @@ def test_a_run_ends_with_its_row(capsys, argv, tmp_path, data):
     status, out, err = call(capsys, *argv)
     assert status == 0, err
     (row,) = rows(tmp_path / 'results.csv')
-    assert tuple(row) == record.COLUMNS
+    assert tuple(row) == results.COLUMNS
     assert row['run'] == 'regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-cifar10_jpeg75-e3-s7'
     assert (row['model'], row['model_kwargs']) == ('regnet_convrnn_20', 'layers=(1,1,1) carry=raw')
     assert (row['recipe'], row['overrides']) == ('cifar_paper', '--batch-size 4 --epochs 3')
@@ -122,7 +124,7 @@ def test_dry_run_prints_the_command(capsys, recorded, argv, tmp_path, monkeypatc
     assert '--amp' not in words and '--timm-dir' not in words
     out = call(capsys, *argv, '--nproc', '3', '--dry-run')[1]
     assert '-m torch.distributed.run --standalone --nproc_per_node 3 -m timm_regnet_rnn run' in out
-    assert '--device-modules timm_regnet_rnn timm_regnet_rnn.cpu_ddp' in out
+    assert '--device-modules timm_regnet_rnn timm_regnet_rnn.training.cpu_ddp' in out
     monkeypatch.chdir(tmp_path)
     where = argv.index('--output')
     out = call(capsys, *argv[:where], *argv[where + 2 :], '--dry-run')[1]
@@ -272,7 +274,7 @@ def test_no_checkpoint_runs_code(tmp_path):
 APPEND = """
 import sys
 from pathlib import Path
-from timm_regnet_rnn.record import COLUMNS, append_row
+from timm_regnet_rnn.training.record import COLUMNS, append_row
 for i in range(10):
     append_row(Path(sys.argv[1]), dict.fromkeys(COLUMNS, 'x, "y"') | dict(run='same'), [])
 """

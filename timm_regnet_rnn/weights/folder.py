@@ -20,9 +20,10 @@ from timm.models import clean_state_dict, is_model_in_modules
 from timm.utils import AverageMeter, accuracy
 
 import timm_regnet_rnn
-from timm_regnet_rnn.model_config import write_config
-from timm_regnet_rnn.record import dataset_name
-from timm_regnet_rnn.regnet_rnn import CIFAR10_LABELS, check_file
+
+from ..regnet_rnn import CIFAR10_LABELS, check_file
+from ..training.record import dataset_name
+from .config import write_config
 
 FASHION_MNIST_LABELS = (
     *('T-shirt/top', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot'),

@@ -13,20 +13,17 @@ from datetime import date
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
-__all__ = ['COLUMNS', 'append_row', 'code_commit', 'learning_curve', 'make_row', 'newest_checkpoint', 'run_name']
+from ..results import COLUMNS, CURVE
+
+__all__ = ['append_row', 'code_commit', 'learning_curve', 'make_row', 'newest_checkpoint', 'run_name']
 
 # fmt: off
-COLUMNS = (
-    'run', 'date', 'model', 'model_kwargs', 'recipe', 'overrides', 'dataset', 'seed', 'epochs', 'params', 'macs',
-    'top1', 'top5', 'weights', 'best_epoch', 'best_top1', 'images_per_s', 'processes', 'device', 'versions', 'commit',
-)
 # Where and with what help a run computes, and what has a column of its own: not among the overrides.
 NOT_OVERRIDES = (
     'data_dir', 'dataset', 'dataset_download', 'device', 'amp', 'amp_dtype', 'channels_last', 'workers', 'pin_mem',
     'log_interval', 'checkpoint_hist', 'seed', 'model', 'model_kwargs', 'num_classes',
 )
 # fmt: on
-CURVE = ('epoch', 'lr', 'train_loss', 'eval_loss', 'top1', 'top5')
 DATASETS = dict(
     cifar10='CIFAR-10',
     cifar10_jpeg75='CIFAR-10, JPEG q75 mirror',
@@ -155,7 +152,7 @@ def device_name(device: str) -> str:
 
 def code_commit() -> str:
     """The commit of the checkout that this package runs from, `-dirty` if its files differ; empty outside of one."""
-    git = ['git', '-C', str(Path(__file__).parent)]
+    git = ['git', '-C', str(Path(__file__).parents[1])]
     try:
         name = subprocess.run([*git, 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, check=True)
         changes = subprocess.run(
@@ -184,8 +181,8 @@ def make_row(
     import torch
     import torchvision
 
-    from . import __version__
-    from .complexity import complexity
+    from .. import __version__
+    from ..complexity import complexity
 
     curve = learning_curve(output)
     last, best = curve[-1], max(curve, key=lambda row: row['top1'])

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
-from .ops.fused_cpu import cache_dir
+from ..ops.fused_cpu import cache_dir
 from .recipe import check_recipe, load_recipe, train_options
 from .record import append_row, code_commit, make_row, newest_checkpoint, run_name
 
@@ -381,7 +381,7 @@ def train(
     command += ['-m', 'timm_regnet_rnn', 'run', str(train_py), '--config', recipe, '--model', model]
     command += ['--data-dir', data_dir, *auto, *flags]
     if nproc > 1 and settings['device'] == 'cpu':
-        command += ['--device-modules', *(settings['device_modules'] or ()), 'timm_regnet_rnn.cpu_ddp']
+        command += ['--device-modules', *(settings['device_modules'] or ()), 'timm_regnet_rnn.training.cpu_ddp']
     command += ['--output', str(folder.parent), '--experiment', folder.name]
     if dry_run:
         checkpoint, _ = newest_checkpoint(folder)

@@ -27,7 +27,7 @@ RESOLVE = '/resolve/main/model.safetensors'
 WEIGHTS = bytes(random.Random(0).randbytes(300_000))
 CLIENT = """
 import json, os, sys
-from timm_regnet_rnn import pull
+from timm_regnet_rnn.weights import pull
 pull.WAITS, pull.PATIENCE = (0.01, 0.02, 0.04, 0.08), 5.0
 for line in sys.stdin:
     try:
@@ -344,7 +344,7 @@ NAME = 'regnet_convlstm_20.cifar10_jpeg75'
 HOUSE = Path(__file__).parent.parent
 KNOWN = f"""
 import sys, timm, timm_regnet_rnn
-from timm_regnet_rnn import pull
+from timm_regnet_rnn.weights import pull
 pull.WAITS = (0.01, 0.02)
 for cache in sys.stdin:
     try:
@@ -358,7 +358,6 @@ for cache in sys.stdin:
 def test_released_weights_are_checked_against_the_manifest(hub, tmp_path):
     """In a copy of the package, whose embedded file is lost, then broken; on a Hub that lies, then tells the truth."""
     shutil.copytree(HOUSE / 'timm_regnet_rnn', tmp_path / 'timm_regnet_rnn')
-    shutil.copytree(HOUSE / 'hub', tmp_path / 'hub')
     embedded = tmp_path / 'timm_regnet_rnn' / 'weights' / f'{NAME}.safetensors'
     weights = embedded.read_bytes()
     broken = weights[:-1] + bytes([weights[-1] ^ 1])

@@ -18,7 +18,7 @@ from hub_server import Fault, HubServer
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_pull import environment
+from test_weights_pull import environment
 
 HUB = Path(__file__).parent.parent / 'hub'
 TAG = 'regnet_convlstm_20.cifar10_jpeg75'
@@ -26,9 +26,7 @@ EMBEDDED = HUB.parent / 'timm_regnet_rnn' / 'weights' / f'{TAG}.safetensors'
 FILES = {'model.safetensors', 'config.json', 'README.md'}
 CLIENT = """
 import contextlib, io, json, os, sys
-sys.path.insert(0, sys.argv[1])
-import push
-from timm_regnet_rnn import pull
+from timm_regnet_rnn.weights import pull, push
 pull.WAITS = (0.01, 0.02, 0.04, 0.08)
 for line in sys.stdin:
     os.environ['HF_TOKEN'], *args = json.loads(line)
@@ -47,7 +45,7 @@ class Client:
 
     def __init__(self, hub):
         self.process = subprocess.Popen(
-            [sys.executable, '-c', CLIENT, HUB],
+            [sys.executable, '-c', CLIENT],
             env=environment(hub, HF_HUB_DISABLE_XET='1'),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -308,7 +306,7 @@ def test_a_release_is_entered_into_the_manifest(hub, tmp_path, images):
 
     done = run('push.py', *args)
     assert done.returncode == 0, done.stderr
-    entry = json.loads((tmp_path / 'hub' / 'manifest.json').read_text(encoding='utf-8'))[name]
+    entry = json.loads((tmp_path / 'timm_regnet_rnn' / 'weights' / 'manifest.json').read_text(encoding='utf-8'))[name]
     head = hub.commits(f'timm-regnet-rnn/{name}')[-1]
     assert entry['revision'] == head.id and entry['sha256'] == head.files['model.safetensors'].sha256
     assert entry['repo_id'] == '{org}/' + name and entry['metrics']['top1'] == 25.0 and entry['num_classes'] == 4
@@ -467,7 +465,7 @@ def test_bad_input_is_one_line(hub, client, tmp_path):
         (['--tag', 'nosuch.tag', *to], 'is not in the manifest'),
         (['--tag', TAG, '--ema'], '--tag takes what the manifest says'),
         ([good, *to, '--run', 'nosuch'], "no run 'nosuch'"),
-        ([good, *to, '--labels', HUB / 'model_card.md'], 'the model 10 classes'),
+        ([good, *to, '--labels', HUB / 'space' / 'README.md'], 'the model 10 classes'),
         ([good, *to, '--release', 'other.tag'], '--release takes regnet_convgru_20.TAG'),
         ([good, *to, '--release', 'regnet_convgru_20.t'], '--release needs --data-dir'),
         ([good, *to, '--nosuch'], 'unrecognized arguments'),

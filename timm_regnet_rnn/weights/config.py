@@ -17,7 +17,7 @@ from timm.models import PretrainedCfg, is_model_in_modules, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from timm.models.resnet import ResNet
 
-from .regulated_resnet import RegulatedResNet
+from ..regulated_resnet import RegulatedResNet
 
 __all__ = ['check_config', 'read_config', 'write_config']
 

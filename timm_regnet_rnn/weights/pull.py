@@ -29,8 +29,8 @@ from huggingface_hub.errors import (
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model_in_modules, is_model_pretrained
 
-from .model_config import read_config, write_config
-from .released import RELEASED, embedded_file, known_weights
+from .config import read_config, write_config
+from .manifest import RELEASED, embedded_file, known_weights
 
 __all__ = ['check_source', 'pull', 'pull_config', 'pull_folder', 'retry', 'weights_in']
 

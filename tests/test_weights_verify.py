@@ -13,7 +13,7 @@ from timm.models import is_model_pretrained
 from timm.utils import reparameterize_model
 
 from timm_regnet_rnn.cli import main
-from timm_regnet_rnn.released import RELEASED, embedded_file, hub_id
+from timm_regnet_rnn.weights.manifest import RELEASED, embedded_file, hub_id
 
 HUB = Path(__file__).parent.parent / 'hub'
 CAT = HUB.parent / 'docs' / 'chelsea.jpg'
@@ -21,7 +21,7 @@ EMBEDDED = [name for name in RELEASED if embedded_file(name)]
 
 
 def test_every_file_has_its_entry():
-    assert {p.stem for p in embedded_file(next(iter(EMBEDDED))).parent.glob('*')} == set(EMBEDDED)
+    assert {p.stem for p in embedded_file(next(iter(EMBEDDED))).parent.glob('*.safetensors')} == set(EMBEDDED)
 
 
 @pytest.mark.parametrize('name', RELEASED)

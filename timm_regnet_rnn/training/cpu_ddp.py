@@ -1,4 +1,4 @@
-"""Lets train.py run in several processes on CPUs: `--device-modules timm_regnet_rnn timm_regnet_rnn.cpu_ddp`.
+"""Lets train.py run in several processes on CPUs: `--device-modules timm_regnet_rnn timm_regnet_rnn.training.cpu_ddp`.
 
 train.py names each process's device to DistributedDataParallel, which takes GPUs there and refuses a CPU. Importing
 this module drops CPUs from that list, in this process only; for any other device nothing changes.

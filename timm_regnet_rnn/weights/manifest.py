@@ -1,4 +1,4 @@
-"""What was released: hub/manifest.json, the one place of names, hashes and figures of pretrained weights."""
+"""What was released: manifest.json, the one place of names, hashes and figures of pretrained weights."""
 
 import json
 import os
@@ -8,8 +8,7 @@ from typing import Any, Dict, Optional
 __all__ = ['RELEASED', 'embedded_file', 'hub_id', 'known_weights']
 
 HERE = Path(__file__).parent
-# A wheel carries a copy beside this file; a checkout has it in hub/.
-MANIFEST = next(p for p in (HERE / 'manifest.json', HERE.parent / 'hub' / 'manifest.json') if p.is_file())
+MANIFEST = HERE / 'manifest.json'
 RELEASED: Dict[str, Dict[str, Any]] = json.loads(MANIFEST.read_text(encoding='utf-8'))
 ORGANISATION = os.environ.get('TIMM_REGNET_RNN_HUB_ORG') or 'timm-regnet-rnn'
 
@@ -32,5 +31,5 @@ def known_weights(wanted: str) -> Optional[str]:
 
 def embedded_file(name: str) -> Optional[Path]:
     """The file of a released weight inside this package, None if there is none."""
-    file = HERE / 'weights' / f'{name}.safetensors'
+    file = HERE / f'{name}.safetensors'
     return file if file.is_file() else None

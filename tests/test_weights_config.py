@@ -13,12 +13,12 @@ from conftest import randomize
 from hub_server import HubServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_pull import environment
+from test_weights_pull import environment
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 
 from timm_regnet_rnn.cli import main
-from timm_regnet_rnn.model_config import check_config, read_config, write_config
+from timm_regnet_rnn.weights.config import check_config, read_config, write_config
 
 GOOD = dict(
     architecture='regnet_convgru_20',

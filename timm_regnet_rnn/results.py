@@ -1,0 +1,184 @@
+"""results.csv, one row per finished run: read, checked, and made into tables."""
+
+import csv
+import json
+import re
+from collections import defaultdict, namedtuple
+from pathlib import Path
+from statistics import mean, stdev
+
+import yaml
+
+HERE = Path(__file__).resolve().parent
+# A wheel carries the recipes inside the package; a checkout has them in a folder of their own.
+IN_WHEEL, IN_CHECKOUT = HERE / 'training' / 'recipes', HERE.parent / 'train_recipes'
+RECIPES = IN_CHECKOUT if (IN_CHECKOUT / 'cifar_paper.yaml').is_file() else IN_WHEEL
+COMPLEXITY = json.loads((HERE / 'model_complexity.json').read_text(encoding='utf-8'))
+EPOCHS = {p.stem: yaml.safe_load(p.read_text(encoding='utf-8')).get('epochs', 300) for p in RECIPES.glob('*.yaml')}
+# fmt: off
+COLUMNS = (
+    'run', 'date', 'model', 'model_kwargs', 'recipe', 'overrides', 'dataset', 'seed', 'epochs', 'params', 'macs',
+    'top1', 'top5', 'weights', 'best_epoch', 'best_top1', 'images_per_s', 'processes', 'device', 'versions', 'commit',
+)
+# fmt: on
+CURVE = ('epoch', 'lr', 'train_loss', 'eval_loss', 'top1', 'top5')
+REGULATOR_KWARGS = ('regulator', 'regulated_stages', 'share_regulator', 'carry')  # a ResNet has none of them
+INTEGERS, FLOATS = ('seed', 'epochs', 'params', 'macs', 'best_epoch', 'processes'), ('top1', 'top5', 'best_top1')
+# Cells that stand in the README before anybody has filled them.
+PLANNED_RECIPES = ('cifar_paper', 'cifar_modern')
+PLANNED_GROUPS = [('CIFAR-10, JPEG q75 mirror', name, EPOCHS.get(name, 200), '') for name in PLANNED_RECIPES]
+PLANNED_MODELS = (
+    *('cifar_resnet_20', 'regnet_convrnn_20', 'regnet_convgru_20', 'regnet_convlstm_20'),
+    *('cifar_seresnet_20', 'seregnet_convlstm_20', 'cifar_resnet_56', 'regnet_convlstm_56'),
+)
+FAMILIES = ('resnet', 'convrnn', 'convgru', 'convlstm')  # parts of models' names, in the order of rows
+# A table is a group of runs (data set, recipe, epochs, overrides); a row is a label (model, model_kwargs).
+Run = namedtuple('Run', [*COLUMNS, 'group', 'label'])
+
+
+def split_kwargs(text):
+    """`name=value` arguments, sorted, so that two spellings are one row."""
+    return sorted(re.split(r'\s+(?=\w+=)', text)) if text else []
+
+
+def resnet_of(label):
+    """Label of the ResNet that a RegNet is measured against; arguments that both can have must agree."""
+    match = re.fullmatch(r'(se)?regnet_conv[a-z]+_(\d+)', label[0])
+    if not match:
+        return None
+    name = f'{match[1] or ""}resnet{match[2]}'
+    cifar = re.sub(r'(\d+)', r'_\1', f'cifar_{name}')
+    shared = [arg for arg in split_kwargs(label[1]) if arg.split('=')[0] not in REGULATOR_KWARGS]
+    return cifar if cifar in COMPLEXITY else name, ' '.join(shared)
+
+
+MODELS = {*COMPLEXITY, *(resnet_of((name, ''))[0] for name in COMPLEXITY if 'regnet' in name)}
+
+
+def traits(model):
+    """Depth, whether with SE, and index of the family."""
+    name = model.split('.')[0]  # a tag may name another model
+    family = next(i for i, part in enumerate(FAMILIES) if part in name)
+    return int(re.search(r'\d+', name)[0]), 'sere' in name, family
+
+
+def row_order(label):
+    """Sort key of rows: variants stand below their model."""
+    return traits(label[0]), label
+
+
+def group_order(group):
+    """Sort key of tables: the planned ones, others of full length, the shortened."""
+    planned = PLANNED_GROUPS.index(group) if group in PLANNED_GROUPS else len(PLANNED_GROUPS)
+    return planned, group[2] < EPOCHS[group[1]], group
+
+
+def parse(row):
+    """The Run of one row of results.csv, checked by itself."""
+    if None in row or None in row.values():
+        raise ValueError('not as many fields as the header has')
+    row = {name: ' '.join(row[name].split()) for name in COLUMNS}
+    for name, text in row.items():
+        if re.search('[|<>`]', text):
+            raise ValueError(f'{name} {text!r} would break the table')
+        numeric = name in INTEGERS or name in FLOATS or (name == 'images_per_s' and text)
+        try:
+            row[name] = (int if name in INTEGERS else float)(text) if numeric else text
+        except ValueError:
+            raise ValueError(f'{name} is no number: {text!r}') from None
+    if row['model'].split('.')[0] not in MODELS:
+        raise ValueError(f'unknown model {row["model"]!r}')
+    if row['recipe'] not in EPOCHS:
+        raise ValueError(f'no recipe {row["recipe"]!r} in {RECIPES.name}')
+    if row['weights'] not in ('last', 'ema'):
+        raise ValueError(f'weights are last or ema, not {row["weights"]!r}')
+    if not row['dataset'] or not row['run'] or Path(row['run']).name != row['run']:  # the run names its curve's file
+        raise ValueError(f'empty dataset, or run {row["run"]!r} is no file name')
+    if min(row['params'], row['macs'], row['epochs']) < 1:
+        raise ValueError('params, macs or epochs below 1')
+    if not 0 <= row['top1'] <= row['top5'] <= 100 or not 0 <= row['best_top1'] <= 100:
+        raise ValueError(f'top1 {row["top1"]}, top5 {row["top5"]}, best_top1 {row["best_top1"]}: not percentages')
+    group = row['dataset'], row['recipe'], row['epochs'], row['overrides']
+    return Run(**row, group=group, label=(row['model'], ' '.join(split_kwargs(row['model_kwargs']))))
+
+
+def read_csv(path, columns, convert):
+    """`convert` of each row; what it raises gets the line."""
+    with open(path, newline='', encoding='utf-8-sig') as file:
+        reader = csv.DictReader(file, strict=True)
+        try:
+            missing = [name for name in columns if name not in (reader.fieldnames or ())]
+            if missing:
+                raise ValueError(f'no column {", ".join(missing)}')
+            return [convert(row) for row in reader]
+        except (ValueError, csv.Error) as e:
+            raise ValueError(f'{path.name}, line {reader.line_num}: {e}') from None
+
+
+def read_runs(path):
+    """The runs of results.csv by group and label, in the order of tables and rows; none without the file.
+
+    Raises:
+        ValueError: A row cannot stand in a table; in one line.
+    """
+    runs = read_csv(path, COLUMNS, parse) if path.exists() else []
+    seen, groups = {}, defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        # once each: the run, and a seed under the same settings, whose second run would be no independent draw
+        for key in (run.run, (*run.group, *run.label, run.seed)):
+            if seen.setdefault(key, run) is not run:
+                raise ValueError(f'{path.name}: {run.run!r} repeats {seen[key].run!r}; one of the two rows has to go')
+        sizes = f'{run.params} params and {run.macs} macs'
+        for key, value in ((run.group, f'{run.weights} weights'), ((*run.group, *run.label), sizes)):
+            if seen.setdefault(key, value) != value:
+                raise ValueError(f'{path.name}: {run.run!r} has {value}, a row that it stands with {seen[key]}')
+    for run in sorted(runs, key=lambda run: (group_order(run.group), row_order(run.label), run.seed)):
+        groups[run.group][run.label].append(run)
+    return groups
+
+
+def spread(values, sign=''):
+    """Mean, and sample standard deviation where there is one."""
+    deviation = f' ± {stdev(values):.2f}' if len(values) > 1 else ''
+    return f'{round(mean(values), 2) + 0.0:{sign}.2f}{deviation}'  # + 0.0 turns -0.0 into 0.0
+
+
+def cells(rows, label):
+    """A label's top-1, top-5, difference to its ResNet, and seeds; empty where nobody ran it."""
+    runs, resnet = rows.get(label, ()), {run.seed: run.top1 for run in rows.get(resnet_of(label), ())}
+    if not runs:
+        return [''] * 4
+    differences = [run.top1 - resnet[run.seed] for run in runs if run.seed in resnet]
+    difference = spread(differences, '+') if differences else ''
+    if differences and len(differences) < len(runs):
+        difference += f' (n = {len(differences)})'
+    seeds = f'n = {len(runs)}: {", ".join(str(run.seed) for run in runs)}'
+    return [spread([run.top1 for run in runs]), spread([run.top5 for run in runs]), difference, seeds]
+
+
+def describe(group, mark=''):
+    """Epochs and overrides in words, with `mark` around code."""
+    full = EPOCHS[group[1]]
+    epochs = f'shortened to {group[2]} of {full} epochs' if group[2] < full else f'{group[2]} epochs'
+    return f'{epochs}, {mark + group[3] + mark if group[3] else "no overrides"}'
+
+
+def table(groups, planned=()):
+    """Caption and Markdown table of groups on one data set, side by side."""
+    labels = {(model, ''): COMPLEXITY[model] for model in planned}
+    caption, head, runs = '', ['model', 'parameters (M)', 'multiply-adds (G)'], []
+    for group, rows in groups.items():
+        runs += [run for same in rows.values() for run in same]
+        ema = ', EMA weights' if any(run.weights == 'ema' for same in rows.values() for run in same) else ''
+        caption += f' [`{group[1]}`](train_recipes/{group[1]}.yaml): {describe(group, "`")}{ema}.'
+        head += [f'`{group[1]}`: top-1' if len(groups) > 1 else 'top-1', 'top-5', 'to its ResNet', 'seeds']
+    labels.update((run.label, run._asdict()) for run in runs)
+    commits = sorted({re.sub('^([0-9a-f]{7})[0-9a-f]+', r'\1', run.commit) or 'unknown' for run in runs})
+    where = f'{"; ".join(sorted({run.device for run in runs}))}; commit {", ".join(commits)}' if runs else 'no runs yet'
+    lines = [f'**{group[0]}.**{caption} Last epoch; {where}.', '', f'| {" | ".join(head)} |', '|---' * len(head) + '|']
+    for label, size in sorted(labels.items(), key=lambda item: row_order(item[0])):
+        row = [f'`{" ".join(filter(None, label))}`']
+        row += [f'{x:.3f}' if x < 1 else f'{x:.2f}' for x in (size['params'] / 1e6, size['macs'] / 1e9)]
+        row += [cell for rows in groups.values() for cell in cells(rows, label)]
+        lines.append('|' + ''.join(f' {cell} |' if cell else ' |' for cell in row))
+    return '\n'.join(lines)

@@ -1,0 +1,8 @@
+"""Training: timm's own train.py started with a recipe, resumed, and written down.
+
+May import weights, results and errors; nothing here imports torch before it is called.
+"""
+
+from .run import train
+
+__all__ = ['train']

@@ -1,0 +1,99 @@
+"""Fetch released weights, and check that they are and compute what the manifest says.
+
+    python verify.py NAME.TAG ...
+    python verify.py --all
+    python verify.py NAME.TAG --data-dir DIR   # and its accuracy, on an image folder with the data set
+
+For each entry: the file from the Hub (or inside the package), its size, sha256 and digest of the tensors; then the
+logits on the images stored in checks/, against those stored beside them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import resolve_data_config
+
+from .folder import Trained, UsageError, evaluate, tensor_digest
+from .manifest import RELEASED, hub_id
+from .pull import pull
+
+HOME = Path(__file__).resolve().parent
+TOLERANCE = 1e-4  # of the logits' scale, what arithmetic in another order may change
+ACCURACY = 0.05  # points, likewise
+
+
+def logits(model: torch.nn.Module, images: torch.Tensor, config: Dict[str, Any]) -> torch.Tensor:
+    """Logits (B, K) of images (B, C, H, W) of bytes, by plain PyTorch."""
+    mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ('mean', 'std'))
+    with torch.inference_mode():
+        return model.eval()((images / 255 - mean) / std)
+
+
+def store_logits(name: str, model: torch.nn.Module, config: Dict[str, Any]) -> None:
+    """Keep what a model computes on four views of the README's photograph."""
+    channels, height, width = config['input_size']
+    photo = Image.open(HOME.parents[1] / 'docs' / 'chelsea.jpg').convert('L' if channels == 1 else 'RGB')
+    views = [photo, photo.transpose(Image.Transpose.FLIP_TOP_BOTTOM), photo.crop((0, 0, 150, 150)), photo.rotate(90)]
+    pixels = [torch.frombuffer(bytearray(v.resize((width, height)).tobytes()), dtype=torch.uint8) for v in views]
+    images = torch.stack(pixels).view(4, height, width, -1).permute(0, 3, 1, 2)
+    images = images.repeat(1, -(-channels // images.shape[1]), 1, 1)[:, :channels].contiguous()
+    (HOME / 'checks').mkdir(exist_ok=True)
+    save_file(
+        dict(images=images, logits=logits(model, images, config).clone()), HOME / 'checks' / f'{name}.safetensors'
+    )
+
+
+def verify(name: str, data_dir: Optional[str] = None) -> str:
+    """Check one entry of the manifest, with a data set also its accuracy; returns what was checked, in words.
+
+    Raises:
+        UsageError: It is not in the manifest, or something is not as it says; names expected and found.
+        OSError: The file cannot be had, or is broken.
+    """
+    if name not in RELEASED:
+        raise UsageError(f'{name!r} is not in the manifest, which has {", ".join(RELEASED)}.')
+    entry, file = RELEASED[name], pull(hub_id(name))
+    for what, found in (('size', file.stat().st_size), ('tensors', tensor_digest(file))):
+        if found != entry[what]:
+            raise UsageError(f'{name}: {what} is {found}, the manifest says {entry[what]}.')
+    model = timm.create_model(name, pretrained=True).eval()
+    check = load_file(HOME / 'checks' / f'{name}.safetensors')
+    config = resolve_data_config(model=model)
+    found = logits(model, check['images'], config)
+    error = ((found - check['logits']).abs().max() / check['logits'].abs().max()).item()
+    if not error <= TOLERANCE:
+        raise UsageError(f'{name}: logits differ from the stored ones by {error:.1e} of their scale.')
+    words = f'{name}: {entry["size"]} bytes, sha256 {entry["sha256"][:12]}..., logits within {error:.0e}'
+    if data_dir:
+        metrics = entry['metrics']
+        measured = evaluate(Trained(model, name, {}, data_config=config), data_dir, metrics['split'])
+        for key in ('top1', 'top5', 'images'):
+            if abs(measured[key] - metrics[key]) > ACCURACY:
+                raise UsageError(f'{name}: {key} is {measured[key]}, the manifest says {metrics[key]}.')
+        words += f', top-1 {measured["top1"]:.2f} %, top-5 {measured["top5"]:.2f} % on {measured["images"]} images'
+    return words
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the command; returns its exit status, 2 if anything was not as it should be."""
+    parser = argparse.ArgumentParser(prog='verify.py', description=__doc__.splitlines()[0])
+    parser.add_argument('names', nargs='*', metavar='NAME.TAG')
+    parser.add_argument('--all', action='store_true', help='everything in the manifest')
+    parser.add_argument('--data-dir', metavar='DIR', help='image folder of the data set: measure the accuracy too')
+    args = parser.parse_args(argv)
+    if bool(args.names) == args.all:
+        parser.exit(2, 'verify.py: give names, or --all.\n')
+    failed = False
+    for name in RELEASED if args.all else args.names:
+        try:
+            print(verify(name, args.data_dir))
+        except (UsageError, OSError, ValueError, RuntimeError) as e:
+            failed = True
+            print(f'verify.py: {(str(e).splitlines() or [type(e).__name__])[0]}', file=sys.stderr)
+    return 2 if failed else 0
