@@ -3,17 +3,14 @@
 import argparse
 import fnmatch
 import json
-import os
 import runpy
 import sys
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence
 
+from .errors import Parser, UsageError, report, run_command
+
 DEFAULT_MODEL = 'regnet_convlstm_20'
-
-
-class UsageError(Exception):
-    """Bad input: printed as one line, exit status 2."""
 
 
 def list_rows(pattern: str = '*') -> List[Dict[str, Any]]:
@@ -249,14 +246,9 @@ def batch_size(text: str) -> Optional[int]:
     return None if text == 'dynamic' else int(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The commands and their options."""
-    parser = _Parser(prog='timm-regnet-rnn', description='RegNet (arXiv 2101.00590) for timm.')
+    parser = Parser(prog='timm-regnet-rnn', description='RegNet (arXiv 2101.00590) for timm.')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
     sub = commands.add_parser('list', help='names, parameters, multiply-adds and pretrained tags')
@@ -340,14 +332,6 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         try:
             return cmd_run(args)  # the script's own exceptions are its own
         except UsageError as e:
-            print(f'timm-regnet-rnn: {e}', file=sys.stderr)
+            report('timm-regnet-rnn', str(e))
             return 2
-    try:
-        return args.function(args)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except (UsageError, ValueError, TypeError, RuntimeError, OSError) as e:
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        print(f'timm-regnet-rnn: {lines[0]}', file=sys.stderr)
-        return 2
+    return run_command('timm-regnet-rnn', lambda: args.function(args))

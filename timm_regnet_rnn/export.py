@@ -3,13 +3,12 @@
 The file is written beside its final name, loaded again and compared with the eager model; only then it gets the name.
 """
 
-import contextlib
 import importlib.util
 import io
 import json
 import os
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import timm
 import torch
@@ -21,24 +20,14 @@ from timm.models import is_model, is_model_in_modules
 from timm.utils import reparameterize_model
 
 from . import __version__, ops
-from .cli import UsageError, class_names, create
+from .cli import class_names, create
+from .errors import UsageError
 
 __all__ = ['FORMATS', 'export']
 
 FORMATS = {'onnx': '.onnx', 'torch-export': '.pt2', 'safetensors': '.safetensors'}  # and how their files end
 TOLERANCE = 1e-4  # largest difference of logits, relative to their scale
 ONNX_LIMIT = 2**31 - 1  # bytes in one protobuf message
-
-
-@contextlib.contextmanager
-def _reference_ops() -> Iterator[None]:
-    """Plain PyTorch for every regulator step: an exported graph must run where this package is not."""
-    chosen = ops._ops
-    ops.set_ops('reference')
-    try:
-        yield
-    finally:
-        ops.set_ops(chosen)
 
 
 def _describe(model: nn.Module, checkpoint: Optional[str], image_size: Optional[int]) -> Dict[str, Any]:
@@ -211,7 +200,7 @@ def export(
     if missing:
         raise RuntimeError(f"ONNX needs {', '.join(missing)}: pip install 'timm-regnet-rnn[export]'")
 
-    with _reference_ops(), torch.no_grad():
+    with ops.use('reference'), torch.no_grad():  # an exported graph must run where this package is not
         model = create(name, checkpoint)
         state = model.state_dict()
         broken = next((k for k, v in state.items() if not v.isfinite().all()), None)

@@ -9,14 +9,24 @@ mode, a step returns ReLU(scale ⊙ h' + shift) in place of h'.
 """
 
 import os
+from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Optional, Tuple
+from typing import Callable, Iterator, Optional, Tuple
 
 import torch
 
 from . import reference
 
-__all__ = ['conv_rnn_step', 'conv_gru_step', 'conv_lstm_step', 'batch_norm_relu', 'fused_on_cpu', 'set_ops']
+__all__ = [
+    'conv_rnn_step',
+    'conv_gru_step',
+    'conv_lstm_step',
+    'batch_norm_relu',
+    'fused_on_cpu',
+    'set_ops',
+    'step_norm_relu',
+    'use',
+]
 
 OPS = ('', 'reference', 'fused')
 LANES = 16  # channels that the fused CPU op takes together
@@ -36,6 +46,35 @@ def set_ops(name: str) -> None:
 
 
 set_ops(os.environ.get('TIMM_REGNET_RNN_OPS', ''))
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Choose the implementation within a `with` block: 'reference', 'fused', or '' for the rule.
+
+    Raises:
+        ValueError: Another name.
+    """
+    chosen = _ops
+    set_ops(name)
+    try:
+        yield
+    finally:
+        set_ops(chosen)
+
+
+def step_norm_relu(
+    step: Callable[..., State],
+    x: torch.Tensor,
+    h: Optional[torch.Tensor],
+    c: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+) -> State:
+    """A step whose h' goes through ReLU(scale ⊙ h' + shift), a batch norm in eval mode with scale and shift (N,)."""
+    return step(x, h, c, weight, bias, scale, shift)
 
 
 @torch.jit.unused

@@ -21,6 +21,7 @@ from timm.utils import AverageMeter, accuracy
 
 import timm_regnet_rnn
 
+from ..errors import UsageError
 from ..regnet_rnn import CIFAR10_LABELS, check_file
 from ..training.record import dataset_name
 from .config import write_config
@@ -33,10 +34,6 @@ LABELS = {
     'CIFAR-10, JPEG q75 mirror': CIFAR10_LABELS,
     'Fashion-MNIST': FASHION_MNIST_LABELS,
 }
-
-
-class UsageError(Exception):
-    """Bad input: printed as one line, exit status 2."""
 
 
 @dataclass

@@ -17,7 +17,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
@@ -30,8 +29,9 @@ from safetensors import SafetensorError
 from timm.data import resolve_data_config
 
 from .. import __version__, results
+from ..errors import EXPECTED, Parser, UsageError, one_line, run_command
 from .card import make_card
-from .folder import Trained, UsageError, evaluate, rebuild, tensor_digest, write_folder
+from .folder import Trained, evaluate, rebuild, tensor_digest, write_folder
 from .manifest import MANIFEST, ORGANISATION, RELEASED, hub_id
 from .pull import pull, retry
 from .verify import store_logits
@@ -221,8 +221,8 @@ def load(args: argparse.Namespace) -> Trained:
     return trained
 
 
-def push(args: argparse.Namespace) -> None:
-    """Do what the command line says."""
+def push(args: argparse.Namespace) -> int:
+    """Do what the command line says; returns 0."""
     if bool(args.tag) == bool(args.checkpoint):
         raise UsageError('give a CHECKPOINT or --tag NAME.TAG, one of them.')
     repo_id = args.repo_id or (hub_id(args.tag).split('@')[0] if args.tag in RELEASED else None)
@@ -253,13 +253,14 @@ def push(args: argparse.Namespace) -> None:
             keep(folder, Path(args.folder))
         if args.dry_run:
             print(f'would be sent to {repo_id}, revision {args.revision or "main"}, in one commit; nothing was sent.')
-            return
+            return 0
         api = HfApi(library_name='timm_regnet_rnn', library_version=__version__)
         revision = send(api, repo_id, files, args)
         check_sent(repo_id, revision, files)
         if args.release:
             record(args.release, trained, repo_id, revision, files[0], run, measured)
     print(f'{repo_id} at {revision} holds these files, bit for bit.')
+    return 0
 
 
 def keep(folder: Path, target: Path) -> None:
@@ -285,18 +286,12 @@ def explain(error: Exception, repo_id: Optional[str]) -> str:
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):
         return f'the Hub refuses to write to {repo_id!r}: HF_TOKEN must hold a valid token that may write there.'
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f'cannot push to {repo_id!r} ({lines[0]}).' if status else lines[0]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
+    return f'cannot push to {repo_id!r} ({one_line(error)}).' if status else one_line(error)
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command; returns its exit status, 2 after one line that says what was wrong."""
-    parser = _Parser(prog='push.py', description=__doc__.splitlines()[0])
+    parser = Parser(prog='push.py', description=__doc__.splitlines()[0])
     add = parser.add_argument
     add('checkpoint', nargs='?', metavar='CHECKPOINT', help="train.py's .pth.tar, or a .safetensors file")
     add('--tag', metavar='NAME.TAG', help='released weights of the manifest instead')
@@ -318,9 +313,5 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add('--dry-run', action='store_true', help='send nothing')
     add('--release', metavar='NAME.TAG', help='enter the weights into the manifest afterwards')
     args = parser.parse_args(argv)
-    try:
-        push(args)
-        return 0
-    except (UsageError, ValueError, TypeError, RuntimeError, OSError, *FAILURES) as e:
-        print(f'push.py: {explain(e, args.repo_id or args.tag)}', file=sys.stderr)
-        return 2
+    repo_id = args.repo_id or args.tag
+    return run_command('push.py', lambda: push(args), lambda e: explain(e, repo_id), (*EXPECTED, *FAILURES))

@@ -9,7 +9,6 @@ logits on the images stored in checks/, against those stored beside them.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
@@ -19,7 +18,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
-from .folder import Trained, UsageError, evaluate, tensor_digest
+from ..errors import UsageError, one_line, report
+from .folder import Trained, evaluate, tensor_digest
 from .manifest import RELEASED, hub_id
 from .pull import pull
 
@@ -95,5 +95,5 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             print(verify(name, args.data_dir))
         except (UsageError, OSError, ValueError, RuntimeError) as e:
             failed = True
-            print(f'verify.py: {(str(e).splitlines() or [type(e).__name__])[0]}', file=sys.stderr)
+            report('verify.py', one_line(e))
     return 2 if failed else 0
