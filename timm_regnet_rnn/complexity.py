@@ -5,8 +5,7 @@ from typing import Any, Dict, Optional, Sequence
 import torch
 import torch.nn as nn
 
-from .conv_rnn import CELLS
-from .regulated_resnet import RegulatedBasicBlock, RegulatedBottleneck
+from .conv_rnn import RegulatorCell
 
 __all__ = ['complexity']
 
@@ -31,10 +30,9 @@ def complexity(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> 
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             macs += out.numel() * module.weight[0].numel()
         else:
-            gates = next(len(cell.gates) for cell in CELLS.values() if cell.step is module.step)
-            macs += gates * 11 * out[1].numel()
+            macs += len(module.gates) * 11 * out[0].numel()
 
-    counted = (nn.Conv2d, nn.Linear, RegulatedBasicBlock, RegulatedBottleneck)
+    counted = (nn.Conv2d, nn.Linear, RegulatorCell)
     handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, counted)]
     size = list(input_size or model.pretrained_cfg['input_size'])
     try:

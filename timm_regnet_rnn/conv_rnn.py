@@ -6,7 +6,7 @@ Shapes used throughout: x, h and c are (B, N, H, W); the folded gate kernel is (
 where N is the block's inner width and G the number of gates. Tap 0 of the axis of size two reads x, tap 1 reads h.
 """
 
-from typing import Dict, Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
@@ -35,7 +35,7 @@ class RegulatorCell(nn.Module):
     """
 
     gates: Tuple[str, ...] = ()
-    step = None
+    step: Any = None
 
     def __init__(self, width: int, device=None, dtype=None) -> None:
         """
@@ -52,6 +52,7 @@ class RegulatorCell(nn.Module):
             raise ValueError(f'{type(self).__name__}: width must be at least 1, got {width}.')
         dd = {'device': device, 'dtype': dtype}
         self.width = width
+        self.is_regulator = True  # tells the cell from a stage's blocks, in TorchScript too
         self.pw = nn.Parameter(torch.empty(len(self.gates), width, 2, **dd))
         self.dw = nn.Parameter(torch.empty(len(self.gates), width, 3, 3, **dd))
         self.bias = nn.Parameter(torch.empty(len(self.gates), width, **dd))
@@ -80,9 +81,9 @@ class RegulatorCell(nn.Module):
     def reparameterize(self) -> None:
         """Store `weight` (G * N, 2, 3, 3), the folded kernel, instead of PW and DW.
 
-        `timm.utils.reparameterize_model` calls this.
+        `timm.utils.reparameterize_model` calls this. A cell whose weights are computed at each call (pruned) stays.
         """
-        if hasattr(self, 'pw'):
+        if {'pw', 'dw'} <= set(self._parameters):
             self.weight = nn.Parameter(self.kernel()[0].detach().flatten(0, 1))
             del self.pw, self.dw
 
@@ -91,19 +92,24 @@ class RegulatorCell(nn.Module):
         x: torch.Tensor,
         h: Optional[torch.Tensor] = None,
         c: Optional[torch.Tensor] = None,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        weight: Optional[torch.Tensor] = None,
+        bias: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         """One step along depth.
 
         Args:
             x: Input (B, N, H, W).
             h: Hidden state (B, N, H, W), None for zero.
-            c: Cell state (B, N, H, W), None for zero. Only ConvLSTM has one.
+            c: Cell state (B, N, H, W), None for zero. Only ConvLSTM reads it.
+            weight, bias: The folded kernel, from `kernel`; folded here if None.
 
         Returns:
-            The new h and c; c is passed through where the cell has none.
+            The new h and c, each (B, N, H, W); where the cell has no c, h stands for it.
         """
-        weight, bias = self.kernel()
-        return self.step(x, h, c, weight, bias)
+        if weight is None or bias is None:
+            weight, bias = self.kernel()
+        h, c = self.step(x, h, c, weight, bias)
+        return h, h if c is None else c
 
     def extra_repr(self) -> str:
         """The width, for `repr`."""

@@ -15,7 +15,8 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._registry import get_pretrained_cfg
 
 from .conv_rnn import CELLS
-from .regulated_resnet import RegulatedResNet, link_stem
+from .regulated_resnet import RegulatedResNet
+from .reparameterize import link_stem
 from .warm_start import checkpoint_filter_fn
 from .weights.config import read_config
 from .weights.manifest import RELEASED, hub_id

@@ -9,22 +9,23 @@ regulator's keys missing (see warm_start.py).
 """
 
 import inspect
+from collections import OrderedDict
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from timm.layers.trace_utils import _assert
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from . import ops
 from .conv_rnn import CELLS, RegulatorCell
-from .ops import batch_norm_relu, fused_on_cpu
+from .layers import fuse, listened, norm_act, norm_in_step, scale_and_shift
+from .reparameterize import fold_norm, fold_sequential, link_stem
 
 __all__ = ['RegulatedBasicBlock', 'RegulatedBottleneck', 'RegulatedStage', 'RegulatedResNet']
 
@@ -36,119 +37,6 @@ def _one_of(name: str, value: Any, valid: Iterable[Any]) -> None:
         raise ValueError(f'{name} must be one of {", ".join(repr(v) for v in valid)}; got {value!r}.')
 
 
-def fold_norm(parent: nn.Module, conv_name: str, norm_name: str) -> None:
-    """Fold `parent`'s batch norm into the convolution before it; any other norm is left as it is."""
-    conv, norm = getattr(parent, conv_name, None), getattr(parent, norm_name, None)
-    if (
-        type(conv) in (nn.Conv2d, FuseConv2d)
-        and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        and norm.track_running_stats
-    ):
-        setattr(parent, conv_name, fuse_conv_bn_eval(conv.eval(), norm.eval()))
-        setattr(parent, norm_name, nn.Identity())
-
-
-def fold_sequential(module: Optional[nn.Module]) -> None:
-    """Fold every batch norm of a Sequential that directly follows a convolution."""
-    if isinstance(module, nn.Sequential):
-        names = list(module._modules)
-        for conv_name, norm_name in zip(names, names[1:]):
-            fold_norm(module, conv_name, norm_name)
-
-
-def fold_stem(net: nn.Module) -> None:
-    """Fold the batch norms of a net's stem: those inside a deep stem or a convolutional stem pool, and `bn1`."""
-    fold_sequential(net.conv1)
-    fold_sequential(net.maxpool)
-    if isinstance(net.conv1, nn.Sequential):
-        net.conv1.append(net.bn1)
-        fold_sequential(net.conv1)
-        net.bn1 = net.conv1[-1]
-        del net.conv1[-1]
-    else:
-        fold_norm(net, 'conv1', 'bn1')
-
-
-class _StemFold:
-    """Calls `fold_stem` on the net that a `conv1` belongs to; a copy of the `conv1` alone belongs to none."""
-
-    def __init__(self, net: Optional[nn.Module]) -> None:
-        self.net = net
-
-    def __call__(self) -> None:
-        if self.net is not None:
-            fold_stem(self.net)
-
-    def __deepcopy__(self, memo: Dict[int, Any]) -> '_StemFold':
-        return _StemFold(memo.get(id(self.net)))
-
-
-def link_stem(net: nn.Module) -> None:
-    """Let `timm.utils.reparameterize_model` fold the stem: it asks the children of a net, and never the net itself."""
-    net.conv1.reparameterize = _StemFold(net)
-
-
-def is_batch_norm_relu(norm: nn.Module, act: nn.Module) -> bool:
-    """Whether the two compute ReLU(BN(x)) and nothing listens in between, so that one op may do the work of both."""
-    hooks = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-    return (
-        type(norm) is nn.BatchNorm2d
-        and type(act) is nn.ReLU
-        and norm.affine
-        and norm.track_running_stats
-        and norm.momentum is not None
-        and not any(getattr(module, hook) for module in (norm, act) for hook in hooks)
-        and not torch.nn.modules.module._has_any_global_hook()
-    )
-
-
-def norm_act(norm: nn.Module, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """act(norm(x)); a batch norm and ReLU that are trained are one op where that saves passes over memory.
-
-    Left to itself: a graph that torch.compile fuses, and a single value per channel, which torch refuses.
-    """
-    trained = norm.training and not torch.compiler.is_compiling()
-    if not (trained and is_batch_norm_relu(norm, act) and fused_on_cpu(x) and x.numel() > x.shape[1]):
-        return act(norm(x))
-    x, mean, var = batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
-    values = x.numel() // x.shape[1]
-    with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (values / (values - 1)), norm.momentum)
-    return x
-
-
-def no_grad_on_cpu(x: torch.Tensor) -> bool:
-    """Whether x is computed with on the CPU in float32 and channels_last, for no gradient and no compiler."""
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and fused_on_cpu(x)
-
-
-def scale_and_shift(norm: nn.BatchNorm2d) -> Tuple[torch.Tensor, torch.Tensor]:
-    """What a batch norm in eval mode does to each channel."""
-    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
-
-
-class FuseConv2d(nn.Conv2d):
-    """The fuse convolution, 1x1 over [x, h], as the sum of two convolutions: [x, h] is never written to memory."""
-
-    def forward(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """Features (B, C, H, W) and state (B, N, H, W) to features (B, C, H, W)."""
-        if not torch.jit.is_scripting() and no_grad_on_cpu(x):
-            return self.as_matmul(x, h)
-        width = x.shape[1]
-        return F.conv2d(x, self.weight[:, :width], self.bias).add_(F.conv2d(h, self.weight[:, width:]))
-
-    @torch.jit.ignore
-    def as_matmul(self, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-        """The same over channels_last, as matrix products of which the second adds to the first's result in place."""
-        weight, width = self.weight.flatten(1), x.shape[1]
-        out = F.linear(x.permute(0, 2, 3, 1), weight[:, :width], self.bias)
-        out.view(-1, weight.shape[0]).addmm_(h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]), weight[:, width:].t())
-        return out.permute(0, 3, 1, 2)
-
-
 class _Foldable:
     """Gives a block the method by which `timm.utils.reparameterize_model` folds its batch norms."""
 
@@ -157,6 +45,7 @@ class _Foldable:
         """Fold every batch norm that follows a convolution; in place, for inference only."""
         for conv_name, norm_name in (('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('conv_fuse', 'bn_fuse')):
             fold_norm(self, conv_name, norm_name)
+        fold_sequential(self.aa)
         fold_sequential(self.downsample)
 
 
@@ -168,13 +57,42 @@ class PlainBottleneck(_Foldable, Bottleneck):
     """timm's Bottleneck, foldable."""
 
 
+class TimeStep:
+    """A block's time step: the regulator with the state it starts from, and, behind the block, the state it leaves.
+
+    It travels beside the features, so that a block takes and returns these alone. A block reads `h` and `c` and writes
+    `next`: running it again, as a checkpoint does, gives the same.
+
+    Attributes:
+        regulator: The stage's cell, None if the block has its own.
+        h, c: State left by the previous block (B, N, H, W), None at the start of a stage.
+        weight, bias: The cell's folded kernel, from `RegulatorCell.kernel`; None if the cell folds it itself.
+        next: h and c for the next block.
+        recorded: Whether autograd recorded the step.
+    """
+
+    def __init__(
+        self,
+        regulator: Optional[nn.Module],
+        h: Optional[torch.Tensor] = None,
+        c: Optional[torch.Tensor] = None,
+        weight: Optional[torch.Tensor] = None,
+        bias: Optional[torch.Tensor] = None,
+    ) -> None:
+        self.regulator, self.h, self.c, self.weight, self.bias = regulator, h, c, weight, bias
+        self.next: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]] = (None, None)
+        self.recorded = True
+
+
 class _Regulated(_Foldable):
     """What the regulated blocks add to timm's: the norm of h, the fuse convolution, and one step of the regulator.
 
     Attributes:
+        regulated: A stage gives the block its time step.
         fuse_after: The convolution whose features the state joins.
     """
 
+    regulated = True
     fuse_after = ''
 
     def __init__(
@@ -200,53 +118,67 @@ class _Regulated(_Foldable):
         dd = {k: kwargs.get(k) for k in ('device', 'dtype')}
         self.state_width = self.conv1.out_channels
         width = getattr(self, self.fuse_after).out_channels
-        self.step = CELLS[regulator].step
         self.carry_norm = carry == 'norm'
         self.regulator = None if share_regulator else CELLS[regulator](self.state_width, **dd)
         self.bn_h = norm_layer(self.state_width, **dd)
         self.act_h = act_layer(inplace=True)
-        self.conv_fuse = FuseConv2d(width + self.state_width, width, kernel_size=1, bias=False, **dd)
+        self.conv_fuse = nn.Conv2d(width + self.state_width, width, kernel_size=1, bias=False, **dd)
         self.bn_fuse = norm_layer(width, **dd)
         self.act_fuse = act_layer(inplace=True)
 
-    def regulate(
-        self,
-        x: torch.Tensor,
-        main: torch.Tensor,
-        h: Optional[torch.Tensor],
-        c: Optional[torch.Tensor],
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-        """Advance the regulator by one step and fuse its state into the block.
+    @torch.jit.ignore
+    def forward(self, x: torch.Tensor, step: Optional[TimeStep] = None) -> torch.Tensor:
+        """One block, one time step of the regulator.
 
         Args:
-            x: What the regulator reads (B, N, H, W).
-            main: The block's features that the state joins (B, C, H, W).
-            h, c: State left by the previous block, None at the start of a stage.
-            weight, bias: The regulator's folded kernel, from `RegulatorCell.kernel`.
+            x: Features (B, C, H, W).
+            step: The time step, from the stage; left out, a block with a cell of its own starts from the zero state.
 
         Returns:
-            The fused features (B, C, H, W), and the state for the next block.
+            Features (B, C', H', W').
+
+        Raises:
+            TypeError: There is no regulator.
+        """
+        if step is None:
+            step = TimeStep(None)
+        cell = self.regulator if step.regulator is None else step.regulator
+        if cell is None:
+            raise TypeError(
+                f'{type(self).__name__} shares the regulator of its stage: call the stage, or a slice of it.'
+            )
+        main, read = self.enter(x)
+        normed = self.carry_norm and norm_in_step(cell, self.bn_h, self.act_h, read)
+        if normed:
+            weight, bias = cell.kernel() if step.weight is None else (step.weight, step.bias)
+            scale, shift = scale_and_shift(self.bn_h)
+            raw, c = ops.step_norm_relu(cell.step, read, step.h, step.c, weight, bias, scale, shift)
+        else:
+            raw, c = cell(read, step.h, step.c, step.weight, step.bias)
+        out, h = self.leave(x, main, raw, normed)
+        step.next, step.recorded = (h, c), torch.is_grad_enabled()
+        return out
+
+    def fuse_state(self, main: torch.Tensor, raw: torch.Tensor, normed: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The state joins the features.
+
+            h = ReLU(BN(h'));  x = ReLU(BN(conv1x1([x, h])))
+
+        Args:
+            main: Features (B, C, H, W).
+            raw: The cell's h' (B, N, H, W), or h if `normed`.
+            normed: The step did the work of BN and ReLU too.
+
+        Returns:
+            Features (B, C, H, W), and what the next block receives as h.
         """
         if torch.jit.is_scripting():
-            raw, c = self.step(x, h, c, weight, bias)
             h = self.act_h(self.bn_h(raw))
-            main = self.act_fuse(self.bn_fuse(self.conv_fuse(main, h)))
+            main = self.act_fuse(self.bn_fuse(self.conv_fuse(torch.cat([main, h], 1))))
         else:
-            if self.norm_in_step(x):
-                h, c = self.step(x, h, c, weight, bias, *scale_and_shift(self.bn_h))
-                raw = h
-            else:
-                raw, c = self.step(x, h, c, weight, bias)
-                h = norm_act(self.bn_h, self.act_h, raw)
-            main = norm_act(self.bn_fuse, self.act_fuse, self.conv_fuse(main, h))
-        return main, h if self.carry_norm else raw, c
-
-    def norm_in_step(self, x: torch.Tensor) -> bool:
-        """Whether the regulator's step can do the work of `bn_h` and `act_h` too: in eval mode, without gradients."""
-        eval_mode = self.carry_norm and not self.bn_h.training
-        return eval_mode and is_batch_norm_relu(self.bn_h, self.act_h) and no_grad_on_cpu(x)
+            h = raw if normed else norm_act(self.bn_h, self.act_h, raw)
+            main = norm_act(self.bn_fuse, self.act_fuse, fuse(self.conv_fuse, main, h))
+        return main, h if self.carry_norm else raw
 
     def join(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
         """The end of a residual branch: SE, stochastic depth, and the sum with the shortcut."""
@@ -272,32 +204,23 @@ class RegulatedBasicBlock(_Regulated, BasicBlock):
 
     fuse_after = 'conv1'
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        h: Optional[torch.Tensor],
-        c: Optional[torch.Tensor],
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-        """One block, one time step of the regulator; arguments and state as in `regulate`.
-
-        Returns:
-            The block's features (B, C, H, W), and h and c for the next block.
-        """
-        shortcut = x
-
+    def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Up to the regulator: x1 to x2, which is also what the regulator reads."""
         x = self.conv1(x)
         x = self.bn1(x)
         x = self.drop_block(x)
         x = self.act1(x)
         x = self.aa(x)
+        return x, x
 
-        x, h, c = self.regulate(x, x, h, c, weight, bias)
-
+    def leave(
+        self, shortcut: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, normed: bool = False
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """From the regulator on: x1, x2 and the cell's h' to the block's features and the h that is carried."""
+        x, h = self.fuse_state(x, raw, normed)
         x = self.conv2(x)
         x = self.bn2(x)
-        return self.act2(self.join(x, shortcut)), h, c
+        return self.act2(self.join(x, shortcut)), h
 
 
 class RegulatedBottleneck(_Regulated, Bottleneck):
@@ -318,21 +241,8 @@ class RegulatedBottleneck(_Regulated, Bottleneck):
         round_up = not isinstance(self.aa, nn.AvgPool2d)
         self.pool = nn.AvgPool2d(2, 2, ceil_mode=round_up) if self.stride == 2 else nn.Identity()
 
-    def forward(
-        self,
-        x: torch.Tensor,
-        h: Optional[torch.Tensor],
-        c: Optional[torch.Tensor],
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-    ) -> Tuple[torch.Tensor, torch.Tensor, Optional[torch.Tensor]]:
-        """One block, one time step of the regulator; arguments and state as in `regulate`.
-
-        Returns:
-            The block's features (B, C, H, W), and h and c for the next block.
-        """
-        shortcut = x
-
+    def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Up to the regulator: x1 to x3, and pool(x2), which the regulator reads."""
         x = self.conv1(x)
         x = self.bn1(x)
         x = self.act1(x)
@@ -342,32 +252,77 @@ class RegulatedBottleneck(_Regulated, Bottleneck):
         x = self.bn2(x)
         x = self.drop_block(x)
         x = self.act2(x)
-        x = self.aa(x)
+        return self.aa(x), read
 
-        x, h, c = self.regulate(read, x, h, c, weight, bias)
-
+    def leave(
+        self, shortcut: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, normed: bool = False
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """From the regulator on: x1, x3 and the cell's h' to the block's features and the h that is carried."""
+        x, h = self.fuse_state(x, raw, normed)
         x = self.conv3(x)
         x = self.bn3(x)
-        return self.act3(self.join(x, shortcut)), h, c
+        return self.act3(self.join(x, shortcut)), h
 
 
-class RegulatedStage(nn.ModuleList):
+class _Control(_Foldable):
+    """What a regulated block has besides the regulator: the fuse convolution, over the features alone.
+
+    Ours, not the paper's: it tells what the memory does from what one more 1x1 convolution does.
+    """
+
+    fuse_after = ''
+
+    def __init__(self, *args, act_layer=nn.ReLU, norm_layer=nn.BatchNorm2d, **kwargs) -> None:
+        super().__init__(*args, act_layer=act_layer, norm_layer=norm_layer, **kwargs)
+        dd = {k: kwargs.get(k) for k in ('device', 'dtype')}
+        width = getattr(self, self.fuse_after).out_channels
+        layers = dict(
+            aa=self.aa,
+            conv_fuse=nn.Conv2d(width, width, kernel_size=1, bias=False, **dd),
+            bn_fuse=norm_layer(width, **dd),
+            act_fuse=act_layer(inplace=True),
+        )
+        self.aa = nn.Sequential(OrderedDict(layers))  # the last that timm's block applies before the next convolution
+
+
+class ControlBasicBlock(_Control, BasicBlock):
+    """x2 = ReLU(BN(conv3x3(x1)));  x3 = ReLU(BN(conv1x1(x2)));  x4 = BN(conv3x3(x3));  out = ReLU(x1 + SE(x4))."""
+
+    fuse_after = 'conv1'
+
+
+class ControlBottleneck(_Control, Bottleneck):
+    """As Bottleneck, with x4 = ReLU(BN(conv1x1(x3))) between its last two convolutions."""
+
+    fuse_after = 'conv2'
+
+
+class RegulatedStage(nn.Sequential):
     """A stage: regulated blocks, named '0', '1', ... as in timm, and the regulator whose time steps they are.
 
-    As a sequence it holds the blocks alone: `stage[-1]`, `len(stage)` and iteration do not see the regulator.
+    As a sequence it holds the blocks alone: indices, slices, `del`, `insert` and iteration do not see the regulator. A
+    slice is a stage that shares it.
 
     Our reading: the state starts at zero at the first block of every stage, where map size and width change.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], regulator: Optional[RegulatorCell]) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], regulator: Optional[nn.Module]) -> None:
         """
         Args:
-            blocks: Regulated blocks, in order.
+            blocks: Regulated blocks, in order; others, for which no time passes, may stand between them.
             regulator: The cell they share, or None if each block has its own.
         """
-        super().__init__(blocks)
+        super().__init__(*blocks)
         self.grad_checkpointing = False
         self.regulator = regulator
+
+    def _set_blocks(self, blocks: Iterable[nn.Module]) -> None:
+        cell = self._modules.get('regulator')
+        self._modules.clear()
+        for i, block in enumerate(blocks):
+            self.add_module(str(i), block)
+        if cell is not None:
+            self.add_module('regulator', cell)
 
     def __len__(self) -> int:
         return len(self._modules) - ('regulator' in self._modules)
@@ -375,24 +330,94 @@ class RegulatedStage(nn.ModuleList):
     def __iter__(self) -> Iterator[nn.Module]:
         return iter([m for name, m in self._modules.items() if name != 'regulator'])
 
+    def __getitem__(self, index: Any) -> Any:
+        chosen = list(self)[index]
+        if not isinstance(index, slice):
+            return chosen
+        stage = type(self)(chosen, self.regulator).train(self.training)
+        stage.grad_checkpointing = self.grad_checkpointing
+        return stage
+
+    def __setitem__(self, index: int, block: nn.Module) -> None:
+        blocks = list(self)
+        blocks[index] = block
+        self._set_blocks(blocks)
+
+    def __delitem__(self, index: Union[int, slice]) -> None:
+        blocks = list(self)
+        del blocks[index]
+        self._set_blocks(blocks)
+
+    def insert(self, index: int, block: nn.Module) -> 'RegulatedStage':
+        """Put a block before the one at `index`."""
+        blocks = list(self)
+        blocks.insert(index, block)
+        self._set_blocks(blocks)
+        return self
+
+    def append(self, block: nn.Module) -> 'RegulatedStage':
+        """Put a block behind the last."""
+        return self.insert(len(self), block)
+
+    def extend(self, blocks: Iterable[nn.Module]) -> 'RegulatedStage':
+        """Put blocks behind the last."""
+        self._set_blocks([*self, *blocks])
+        return self
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Features (B, C, H, W) through the blocks; the state lives here only."""
         h: Optional[torch.Tensor] = None
         c: Optional[torch.Tensor] = None
-        if self.regulator is not None:
+        if torch.jit.is_scripting():
+            if self.regulator is not None:
+                weight, bias = self.regulator.kernel()
+            for block in self:  # TorchScript iterates over all submodules, the regulator too
+                if hasattr(block, 'conv_fuse'):
+                    main, read = block.enter(x)
+                    if self.regulator is not None:
+                        raw, c = self.regulator(read, h, c, weight, bias)
+                    else:
+                        raw, c = block.regulator(read, h, c)
+                    x, h = block.leave(x, main, raw)
+                elif not hasattr(block, 'is_regulator'):
+                    x = block(x)
+            return x
+        return self.walk(x)
+
+    @torch.jit.unused
+    def walk(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` outside of TorchScript, which takes no module as an argument."""
+        h, c, weight, bias = None, None, None, None
+        # a hook may replace the cell's weights at each call, so a cell that is listened to folds them itself
+        if self.regulator is not None and not listened(self.regulator):
             weight, bias = self.regulator.kernel()
         for block in self:
-            if hasattr(block, 'conv1'):  # TorchScript iterates over all submodules, the regulator too
-                if block.regulator is not None:
-                    weight, bias = block.regulator.kernel()
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x, h, c = checkpoint(block, x, h, c, weight, bias)
-                else:
-                    x, h, c = block(x, h, c, weight, bias)
+            if not getattr(block, 'regulated', False):
+                x = block(x)
+            elif self.grad_checkpointing:
+                x, h, c = checkpoint(partial(self.advance, block), x, h, c, weight, bias)
+            else:
+                step = TimeStep(self.regulator, h, c, weight, bias)
+                x = block(x, step)
+                h, c = step.next
+                if torch.is_grad_enabled() and not step.recorded:
+                    raise RuntimeError(
+                        'a block ran without recording gradients, which would cut them off in the state: checkpoint '
+                        'blocks with use_reentrant=False, or by set_grad_checkpointing.'
+                    )
         return x
 
+    def advance(self, block: nn.Module, x: torch.Tensor, *state: Optional[torch.Tensor]) -> Tuple[Any, ...]:
+        """A block as a function of features, state and kernel, for a checkpoint."""
+        step = TimeStep(self.regulator, *state)
+        x = block(x, step)
+        return x, *step.next
 
-BLOCKS = dict(basic=(RegulatedBasicBlock, PlainBasicBlock), bottleneck=(RegulatedBottleneck, PlainBottleneck))
+
+BLOCKS: Dict[str, Dict[str, Any]] = dict(
+    basic=dict(regulated=RegulatedBasicBlock, plain=PlainBasicBlock, control=ControlBasicBlock),
+    bottleneck=dict(regulated=RegulatedBottleneck, plain=PlainBottleneck, control=ControlBottleneck),
+)
 STEMS = ('', 'deep', 'deep_tiered', 'cifar')
 
 
@@ -435,8 +460,9 @@ class RegulatedResNet(ResNet):
             channels: Width of each stage.
             act_layer: Activation, name or class.
             norm_layer: Normalization, name or class.
-            regulator: 'convrnn', 'convgru', 'convlstm', or None or 'none' for a ResNet (`timm.create_model` drops
-                arguments that are None, so 'none' is the one to give it).
+            regulator: 'convrnn', 'convgru' or 'convlstm'; None or 'none' for a ResNet (`timm.create_model` drops
+                arguments that are None, so 'none' is the one to give it); 'fuse' for a control of ours, blocks that
+                have the fuse convolution over their features, and no memory.
             regulated_stages: Stages that have a regulator, counted from 1 as in `layer1`; None for all.
             share_regulator: One cell per stage (the paper), or one per block.
             carry: h for the next block: 'norm' (after BN and ReLU) or 'raw' (the cell's own).
@@ -461,7 +487,7 @@ class RegulatedResNet(ResNet):
         cifar = stem_type == 'cifar'
         _one_of('block', block, BLOCKS)
         _one_of('stem_type', stem_type, STEMS)
-        _one_of('regulator', regulator, (*CELLS, 'none', None))
+        _one_of('regulator', regulator, (*CELLS, 'fuse', 'none', None))
         regulator = None if regulator == 'none' else regulator
         _one_of('carry', carry, CARRIES)
         _one_of('output_stride', output_stride, (2, 4, 8, 16, 32) if cifar else (8, 16, 32))
@@ -479,9 +505,11 @@ class RegulatedResNet(ResNet):
         if cifar and (channels[0] % 2 or kwargs.get('replace_stem_pool') or kwargs.get('stem_width')):
             raise ValueError("stem_type='cifar' takes an even channels[0], no replace_stem_pool and no stem_width.")
 
-        regulated_block, plain_block = BLOCKS[block]
-        regulated_block = partial(regulated_block, regulator=regulator, carry=carry, share_regulator=share_regulator)
-        regulated_block.expansion = plain_block.expansion
+        blocks = BLOCKS[block]
+        chosen = blocks['control' if regulator == 'fuse' else 'regulated']
+        if regulator in CELLS:
+            chosen = partial(chosen, regulator=regulator, carry=carry, share_regulator=share_regulator)
+            chosen.expansion = blocks['plain'].expansion
         regulated = [regulator is not None and i + 1 in regulated_stages for i in range(num_stages)]
         if cifar:
             # timm's deep stem has 2 x stem_width channels; its layers are replaced below
@@ -489,7 +517,7 @@ class RegulatedResNet(ResNet):
 
         with nullcontext() if device is None else torch.device(device):
             super().__init__(
-                tuple(regulated_block if r else plain_block for r in regulated),
+                tuple(chosen if r else blocks['plain'] for r in regulated),
                 tuple(layers),
                 num_classes=num_classes,
                 in_chans=in_chans,
@@ -509,12 +537,14 @@ class RegulatedResNet(ResNet):
                 self.feature_info = [dict(info, reduction=max(1, info['reduction'] // 4)) for info in self.feature_info]
             self.stage_names = [f'layer{i + 1}' for i in range(num_stages)]
             for name, r in zip(self.stage_names, regulated):
-                if r:
-                    blocks = getattr(self, name)
-                    cell = CELLS[regulator](blocks[0].state_width) if share_regulator else None
-                    setattr(self, name, RegulatedStage(blocks, cell))
+                if r and regulator in CELLS:
+                    stage = getattr(self, name)
+                    cell = CELLS[regulator](stage[0].state_width) if share_regulator else None
+                    setattr(self, name, RegulatedStage(stage, cell))
             for i in range(num_stages, 4):
                 setattr(self, f'layer{i + 1}', nn.Sequential())  # timm's ResNet names four
+            for name in ('global_pool', 'fc'):  # behind them, where the forward pass has them
+                self._modules[name] = self._modules.pop(name)
         link_stem(self)
         if dtype is not None:
             self.to(dtype=dtype)
@@ -531,26 +561,9 @@ class RegulatedResNet(ResNet):
             if isinstance(module, RegulatorCell):
                 module.reset_parameters()
 
-    @torch.jit.ignore
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As torch's, but a checkpoint that does not fit is refused in one line.
-
-        Raises:
-            RuntimeError: Keys are missing or unexpected (only if `strict`), or a shape differs.
-        """
-        try:
-            return super().load_state_dict(state_dict, strict=strict, assign=assign)
-        except RuntimeError as e:
-            first, *problems = (line.strip() for line in str(e).splitlines())
-            if not problems:
-                raise
-            if len(problems[0]) > 300:
-                problems[0] = problems[0][:300] + ' ...'
-            more = f' (and {len(problems) - 1} more)' if len(problems) > 1 else ''
-            raise RuntimeError(
-                f'the checkpoint does not fit this {type(self).__name__}: {problems[0]}{more} Expected are the weights '
-                'of the same depth and regulator.'
-            ) from None
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        link_stem(self)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:

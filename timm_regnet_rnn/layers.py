@@ -1,0 +1,97 @@
+"""What regulated blocks are made of: norm and activation, and the fuse convolution, each fast where that is the same.
+
+A block's modules stay timm's and torch's own (`bn_h`, `act_h`, `conv_fuse`, ...): tools that convert, hook, prune or
+replace modules find what they know. Where nothing listens to them, several may be computed at once; `listened` is the
+one predicate for that, `ops.fused_on_cpu` the one for the tensors.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from . import ops
+
+__all__ = ['fuse', 'listened', 'norm_act', 'norm_in_step', 'scale_and_shift']
+
+HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+def listened(*modules: nn.Module) -> bool:
+    """Whether a hook would notice that one of the modules is not called itself."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return True
+    return any(getattr(module, hooks) for module in modules for hooks in HOOKS)
+
+
+def is_batch_norm_relu(norm: nn.Module, act: nn.Module) -> bool:
+    """Whether the two compute ReLU(BN(x)) with weights and statistics of their own."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and type(act) is nn.ReLU
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+    )
+
+
+def norm_act(norm: nn.Module, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """act(norm(x)); a batch norm and ReLU that are trained are one op where that saves passes over memory.
+
+    Left to itself: a graph that torch.compile fuses, and a single value per channel, which torch refuses.
+    """
+    if (
+        not norm.training
+        or torch.compiler.is_compiling()
+        or not is_batch_norm_relu(norm, act)
+        or not ops.fused_on_cpu(x)
+        or x.numel() <= x.shape[1]
+        or listened(norm, act)
+    ):
+        return act(norm(x))
+    x, mean, var = ops.batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    values = x.numel() // x.shape[1]
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(var * (values / (values - 1)), norm.momentum)
+    return x
+
+
+def no_grad_on_cpu(x: torch.Tensor) -> bool:
+    """Whether x is computed with on the CPU in float32 and channels_last, for no gradient and no compiler."""
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and ops.fused_on_cpu(x)
+
+
+def norm_in_step(cell: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a regulator's step on x can do the work of the norm and activation behind it too: eval, no gradients."""
+    fusable = not norm.training and is_batch_norm_relu(norm, act)
+    return fusable and no_grad_on_cpu(x) and not listened(cell, norm, act)
+
+
+def scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a batch norm in eval mode does to each channel: a factor and a summand (C,)."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def fuse(conv: nn.Module, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+    """The fuse convolution, 1x1 over [x, h], without writing [x, h] to memory where nobody asks for it.
+
+    Args:
+        conv: The convolution, (C + N) channels to C; whatever took its place is called with the concatenation.
+        x: Features (B, C, H, W).
+        h: State (B, N, H, W).
+
+    Returns:
+        Features (B, C, H, W).
+    """
+    if type(conv) is not nn.Conv2d or not isinstance(x, torch.Tensor) or listened(conv):  # a proxy of torch.fx is none
+        return conv(torch.cat((x, h), 1))
+    width = x.shape[1]
+    if not no_grad_on_cpu(x) or not h.is_contiguous(memory_format=torch.channels_last):
+        return F.conv2d(x, conv.weight[:, :width], conv.bias).add_(F.conv2d(h, conv.weight[:, width:]))
+    # channels_last: matrix products, of which the second adds to the first's result in place
+    weight = conv.weight.flatten(1)
+    out = F.linear(x.permute(0, 2, 3, 1), weight[:, :width], conv.bias)
+    out.view(-1, weight.shape[0]).addmm_(h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]), weight[:, width:].t())
+    return out.permute(0, 3, 1, 2)
