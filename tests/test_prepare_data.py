@@ -14,6 +14,7 @@ import struct
 import sys
 import tarfile
 import threading
+import zipfile
 from pathlib import Path
 
 import hypothesis
@@ -480,9 +481,9 @@ def test_interrupted_run_leaves_nothing(mini, monkeypatch, place):
             raise KeyboardInterrupt
         real(path, data)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(prepare_data, 'write', write)
-        mini.run(place / 'data')
+        assert mini.run(place / 'data') == 130
     assert calls[5].exists() is False and list(place.iterdir()) == []
     assert mini.run(place / 'data') == 0
 
@@ -585,3 +586,99 @@ def test_table_matches_torchvision():
     assert prepare_data.class_folders(CIFAR100_NAMES) == CIFAR100_NAMES and len(CIFAR100_NAMES) == 100
     many = [f'c{i}' for i in range(11)][::-1]
     assert sorted(prepare_data.class_folders(many)) == prepare_data.class_folders(many)
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Four classes of the official layout, three training images and one validation image each, as a folder."""
+    rng, root = np.random.default_rng(0), tmp_path / 'tiny-imagenet-200'
+    wnids, lines = ['n04', 'n02', 'n03', 'n01'], []
+    (root / 'val' / 'images').mkdir(parents=True)
+    for k, wnid in enumerate(wnids):
+        (root / 'train' / wnid / 'images').mkdir(parents=True)
+        for i in range(3):
+            image = jpeg_bytes(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
+            (root / 'train' / wnid / 'images' / f'{wnid}_{i}.JPEG').write_bytes(image)
+        name = f'val_{k}.JPEG'
+        (root / 'val' / 'images' / name).write_bytes(jpeg_bytes(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)))
+        lines.append(f'{name}\t{wnid}\t0\t0\t9\t9\n')
+    (root / 'val' / 'val_annotations.txt').write_text(''.join(lines))
+    (root / 'wnids.txt').write_text('\n'.join(wnids))
+    (root / 'words.txt').write_text(''.join(f'{wnid}\tword {wnid}, another\n' for wnid in [*wnids, 'n09']))
+    layout = prepare_data.TinyImageNet(root)
+    list(layout.images())
+    sums = {'tiny-imagenet-200': layout.digest.hexdigest()}
+    changes = dict(sums=sums, train=12, test=4, classes=4)
+    monkeypatch.setitem(
+        prepare_data.SOURCES, 'tiny-imagenet', dataclasses.replace(prepare_data.SOURCES['tiny-imagenet'], **changes)
+    )
+    return root
+
+
+def prepare_tiny(source, to, *args):
+    return prepare_data.main(['tiny-imagenet', '--to', str(to), '--from', str(source), *map(str, args)])
+
+
+def test_tiny_imagenet_at_its_size_keeps_the_files(tiny, tmp_path):
+    """From a folder, the folder above it, and an archive; the same files."""
+    archive = tmp_path / 'tiny.zip'
+    with zipfile.ZipFile(archive, 'w') as z:
+        for file in sorted(tiny.rglob('*')):
+            z.write(file, file.relative_to(tmp_path))
+    for i, source in enumerate((tiny, tmp_path, archive)):
+        assert prepare_tiny(source, tmp_path / f'out{i}') == 0
+    outs = [tmp_path / f'out{i}' for i in range(3)]
+    made = [{p.relative_to(out): p.read_bytes() for p in out.rglob('*') if p.is_file()} for out in outs]
+    assert made[0] == made[1] == made[2]
+    one = tmp_path / 'out0' / 'train' / 'n02' / 'n02_1.JPEG'
+    assert one.read_bytes() == (tiny / 'train' / 'n02' / 'images' / 'n02_1.JPEG').read_bytes()
+    about = json.loads((tmp_path / 'out0' / 'prepared.json').read_text())
+    assert about['dataset'] == 'tiny_imagenet4_64' and about['class_names'][0] == 'word n01'
+    assert (tmp_path / 'out0' / 'test' / 'n04' / 'val_0.JPEG').is_file()
+
+
+def test_tiny_imagenet_is_averaged_by_area(tiny, tmp_path):
+    """Each pixel is the mean of the 2x2 it covers, of the first classes by their ids, stored without loss."""
+    assert prepare_tiny(tiny, tmp_path / 'out', '--size', 32, '--classes', 2) == 0
+    assert sorted(p.name for p in (tmp_path / 'out' / 'train').iterdir()) == ['n01', 'n02']
+    with Image.open(tiny / 'train' / 'n01' / 'images' / 'n01_0.JPEG') as image:
+        pixels = np.asarray(image, dtype=float).reshape(32, 2, 32, 2, 3).mean((1, 3))
+    with Image.open(tmp_path / 'out' / 'train' / 'n01' / 'n01_0.png') as image:
+        assert abs(np.asarray(image) - pixels).max() <= 1  # Pillow rounds rows and columns apart
+    assert json.loads((tmp_path / 'out' / 'prepared.json').read_text())['dataset'] == 'tiny_imagenet2_32'
+
+
+def test_held_out_images_are_the_last_of_each_class(tiny, tmp_path, capsys):
+    assert prepare_tiny(tiny, tmp_path / 'out', '--held-out', 4) == 0
+    assert '--val-split val' in capsys.readouterr().out
+    for wnid in ('n01', 'n02', 'n03', 'n04'):
+        names = [sorted(p.name for p in (tmp_path / 'out' / split / wnid).iterdir()) for split in ('train', 'val')]
+        assert names == [[f'{wnid}_0.JPEG', f'{wnid}_1.JPEG'], [f'{wnid}_2.JPEG']]
+    assert prepare_tiny(tiny, tmp_path / 'out', '--held-out', 4) == 0
+    assert 'already there' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    'spoil, args, words',
+    [
+        (lambda root: (root / 'words.txt').unlink(), (), 'not the layout'),
+        (lambda root: (root / 'words.txt').write_text('n01\tx\n'), (), 'not the layout'),
+        (lambda root: (root / 'val' / 'images' / 'val_0.JPEG').unlink(), (), 'have the sum'),
+        (lambda root: (root / 'train' / 'n01' / 'images' / 'n01_0.JPEG').write_bytes(b'x'), (), 'have the sum'),
+        (lambda root: (root / 'train' / 'n01' / 'images' / 'n01_0.JPEG').write_bytes(b'x'), ('--size', 32), 'identify'),
+        (lambda root: None, ('--held-out', 3), '--held-out must be a multiple of 4'),
+        (lambda root: None, ('--held-out', 12), '--held-out must be a multiple of 4'),
+    ],
+)
+def test_bad_tiny_imagenet(spoil, args, words, tiny, tmp_path, capsys):
+    spoil(tiny)
+    assert prepare_tiny(tiny, tmp_path / 'out', *args) == 2
+    err = capsys.readouterr().err
+    assert words in err and err.count('\n') == 1 and not list(tmp_path.glob('out*'))
+
+
+def test_sizes_are_for_tiny_imagenet(tmp_path, capsys):
+    for args in (['cifar10', '--size', '16'], ['tiny-imagenet', '--size', '65'], ['tiny-imagenet', '--classes', '0']):
+        with pytest.raises(SystemExit) as e:
+            prepare_data.main([*args, '--to', str(tmp_path / 'out')])
+        assert e.value.code == 2 and capsys.readouterr().err.count('\n') == 1

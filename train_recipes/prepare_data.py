@@ -4,6 +4,10 @@
     python prepare_data.py cifar100 --to DIR --from cifar-100-python.tar.gz    # an archive that is there already
     python prepare_data.py fashion_mnist --to DIR --from /usr/share/datasets/fashion-mnist  # Debian's package
     python prepare_data.py cifar10_jpeg75 --to DIR --from ARCHIVE --pad 4      # a lossy mirror of JPEG files
+    python prepare_data.py tiny-imagenet --to DIR --from tiny-imagenet-200.zip --size 32 --classes 100  # or a folder
+
+`--size N` averages the images down to NxN pixels by area and stores them as PNG, `--classes N` takes the first N by
+WordNet id. `--held-out N` moves the last N training images, as many of each class, into val/: to choose a recipe on.
 
 `--pad N` stores the training images as PNG with a border of N pixels in the mean colour. train.py has no padded random
 crop, but its random resized crop draws a ratio of areas and an aspect: `--scale 0.64 0.64 --ratio 1 1`, that is
@@ -22,8 +26,9 @@ import os
 import shutil
 import sys
 import tarfile
+import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
@@ -31,9 +36,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.utils import download_url
 
-
-class UsageError(Exception):
-    """Bad input: printed as one line, exit status 2."""
+from timm_regnet_rnn.errors import EXPECTED, Parser, UsageError, run_command
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,14 @@ FASHION_SUMS = {  # torchvision's md5s are those of the .gz files, whose headers
     't10k-images-idx3-ubyte.gz': '5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b',
     't10k-labels-idx1-ubyte.gz': '0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34',
 }
+TINY_MEAN = (123, 115, 102)  # of the 100,000 training images
+# of (split/class/name, sha256) of all images in that order, whether they lie in the archive or in a folder
+TINY_SUM = '0b018163055536a00eba7e150af6c22f409d1634ed60117a8b363d72f5cbb049'
 SOURCES = {
     'cifar10': Source({CIFAR10.filename: CIFAR10.tgz_md5}, 50000, 10000, 10, 32, CIFAR_MEAN, CIFAR10),
     'cifar10_jpeg75': Source({'cifar10_jpeg.tar.xz': JPEG75_SUM}, 50000, 10000, 10, 32, CIFAR_MEAN),
     'cifar100': Source({CIFAR100.filename: CIFAR100.tgz_md5}, 50000, 10000, 100, 32, CIFAR_MEAN, CIFAR100),
+    'tiny-imagenet': Source({'tiny-imagenet-200': TINY_SUM}, 100000, 10000, 200, 64, TINY_MEAN),
     'fashion_mnist': Source(FASHION_SUMS, 60000, 10000, 10, 28, (73,), FashionMNIST),  # 255 * 0.2860
 }
 
@@ -151,10 +158,93 @@ def images(spec: Source, contents: Mapping[str, bytes], root: Path, pad: int) ->
     shutil.rmtree(unpacked)
 
 
-def check_counts(spec: Source, root: Path):
-    """Raise UsageError unless both splits have as many images in as many equal classes as they must."""
-    names = set()
-    for split, total in (('train', spec.train), ('test', spec.test)):
+class TinyImageNet:
+    """The official layout in an archive or a folder: wnids.txt, words.txt, train/ID/images/*, val/images/* and a list.
+
+    Attributes:
+        classes: WordNet ids, in order.
+        names: The first word of each class in WordNet.
+        digest: A sum over the images read so far.
+    """
+
+    def __init__(self, source: Path) -> None:
+        """
+        Raises:
+            UsageError: The source is neither, or lacks one of the lists.
+        """
+        self.digest = hashlib.sha256()
+        if source.is_dir():
+            self.root = source if (source / 'wnids.txt').is_file() else source / 'tiny-imagenet-200'
+            self.read = lambda name: (self.root / name).read_bytes()
+            self.files = lambda folder: sorted(os.listdir(self.root / folder))
+        elif source.is_file() and zipfile.is_zipfile(source):
+            archive = zipfile.ZipFile(source)
+            top = next((n[: -len('wnids.txt')] for n in archive.namelist() if n.endswith('wnids.txt')), '')
+            held: Dict[str, List[str]] = {}
+            for name in sorted(archive.namelist()):
+                folder, _, file = name[len(top) :].rpartition('/')
+                if file:
+                    held.setdefault(folder, []).append(file)
+            self.read = lambda name: archive.read(top + name)
+            self.files = lambda folder: held.get(folder, [])
+        else:
+            raise UsageError(f'{str(source)!r} is neither tiny-imagenet-200.zip nor its folder.')
+        try:
+            self.classes = sorted(self.read('wnids.txt').decode().split())
+            words = dict(line.split('\t') for line in self.read('words.txt').decode().splitlines())
+            self.names = [words[wnid].split(',')[0] for wnid in self.classes]
+            lines = self.read('val/val_annotations.txt').decode().splitlines()
+            self.labels = {name: wnid for name, wnid, *_ in (line.split('\t') for line in lines)}
+        except (OSError, KeyError, ValueError) as e:
+            raise UsageError(f'{str(source)!r} is not the layout of tiny-imagenet-200 ({e}).') from None
+
+    def images(self) -> Iterator[Tuple[PurePosixPath, bytes]]:
+        """Path and content of every image, the official validation images as test/."""
+        places = [
+            (f'train/{c}/images/{name}', 'train', c) for c in self.classes for name in self.files(f'train/{c}/images')
+        ]
+        places += [(f'val/images/{name}', 'test', self.labels.get(name, '')) for name in self.files('val/images')]
+        for place, split, wnid in places:
+            path, data = PurePosixPath(split, wnid, PurePosixPath(place).name), self.read(place)
+            self.digest.update(f'{path}\0'.encode() + hashlib.sha256(data).digest())
+            yield path, data
+
+
+def area_averaged(data: bytes, side: int) -> Image.Image:
+    """An image of side x side pixels, each the mean of those it covers."""
+    return Image.open(io.BytesIO(data)).convert('RGB').resize((side, side), Image.Resampling.BOX)
+
+
+def tiny_images(
+    tiny: TinyImageNet, spec: Source, pad: int, size: Optional[int], sums: Mapping[str, str]
+) -> Iterator[Tuple[PurePosixPath, bytes]]:
+    """Path and content of the files to write; at the end the sum of all images is checked, also those left out."""
+    taken = set(tiny.classes[: spec.classes])
+    for path, data in tiny.images():
+        if path.parts[1] in taken:
+            border = pad if path.parts[0] == 'train' else 0
+            if size or border:
+                image = area_averaged(data, size) if size else Image.open(io.BytesIO(data))
+                path, data = path.with_suffix('.png'), png(image, spec.mean, border)
+            yield path, data
+    for name, want in sums.items():
+        if tiny.digest.hexdigest() != want:
+            raise UsageError(f'the images of {name} have the sum {tiny.digest.hexdigest()}, expected {want}.')
+
+
+def hold_out(root: Path, count: int, classes: int) -> None:
+    """Move the last training images of each class, by name, into val/; `count` of all classes together."""
+    for folder in sorted((root / 'train').iterdir()):
+        (root / 'val' / folder.name).mkdir(parents=True)
+        for name in sorted(os.listdir(folder))[-(count // classes) :]:
+            os.rename(folder / name, root / 'val' / folder.name / name)
+
+
+def check_counts(spec: Source, root: Path, held_out: int = 0):
+    """Raise UsageError unless the splits have as many images in as many equal classes as they must."""
+    names: set = set()
+    held = [('val', held_out)] if held_out else []
+    for split, total in (('train', spec.train - held_out), ('test', spec.test), *held):
         counts = {folder.name: len(os.listdir(folder)) for folder in (root / split).iterdir()}
         names |= set(counts)
         if not len(counts) == len(names) == spec.classes or set(counts.values()) != {total // spec.classes}:
@@ -172,7 +262,16 @@ def check_space(spec: Source, to: Path, pad: int):
         raise UsageError(f'{str(to)!r} needs about {need / 1e6:.0f} MB, {free / 1e6:.0f} MB are free there.')
 
 
-def prepare(dataset: str, to: Path, source: Optional[Path], downloads: Optional[Path] = None, pad: int = 0) -> bool:
+def prepare(
+    dataset: str,
+    to: Path,
+    source: Optional[Path],
+    downloads: Optional[Path] = None,
+    pad: int = 0,
+    size: Optional[int] = None,
+    classes: Optional[int] = None,
+    held_out: int = 0,
+) -> bool:
     """Make `to`, all of it or nothing: it is built beside and renamed.
 
     Returns:
@@ -181,8 +280,19 @@ def prepare(dataset: str, to: Path, source: Optional[Path], downloads: Optional[
     Raises:
         UsageError: The source is missing or not what it must be, `to` holds something else, or the disk is too full.
     """
-    spec = SOURCES[dataset]
-    settings = dict(dataset=dataset, pad=pad, train=spec.train, test=spec.test)
+    spec, tiny, key = SOURCES[dataset], dataset == 'tiny-imagenet', dataset
+    if tiny:
+        count = classes or spec.classes
+        per_class = spec.train // spec.classes, spec.test // spec.classes
+        spec = replace(
+            spec, train=per_class[0] * count, test=per_class[1] * count, classes=count, side=size or spec.side
+        )
+        key = f'tiny_imagenet{count}_{spec.side}'
+    if held_out % spec.classes or held_out >= spec.train:
+        raise UsageError(f'--held-out must be a multiple of {spec.classes} classes below {spec.train}, got {held_out}.')
+    settings: Dict[str, object] = dict(dataset=key, pad=pad, train=spec.train - held_out, test=spec.test)
+    if held_out:
+        settings['held_out'] = held_out
     if to.is_file() or (to.is_dir() and any(to.iterdir())):
         try:
             found = json.loads((to / 'prepared.json').read_text(encoding='utf-8'))
@@ -190,24 +300,33 @@ def prepare(dataset: str, to: Path, source: Optional[Path], downloads: Optional[
             found = None
         if not isinstance(found, dict) or {key: found.get(key) for key in settings} != settings:
             raise UsageError(f'{str(to)!r} exists and is not {dataset} with --pad {pad}; name another folder.')
-        check_counts(spec, to)
+        check_counts(spec, to, held_out)
         return False
     if source is None and spec.reader is None:
         raise UsageError(f'{dataset} has no download: name the archive with --from.')
     check_space(spec, to, pad)
-    contents = read_source(spec.sums, source or download(spec.reader, downloads or to.parent / 'downloads'))
+    if tiny:
+        layout = TinyImageNet(source)
+    else:
+        contents = read_source(spec.sums, source or download(spec.reader, downloads or to.parent / 'downloads'))
     partial = to.with_name(f'{to.name}.partial')
     if partial.exists():  # a killed run left it
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     try:
-        for split, files in itertools.groupby(images(spec, contents, partial, pad), lambda item: item[0].parts[0]):
+        found = tiny_images(layout, spec, pad, size, spec.sums) if tiny else images(spec, contents, partial, pad)
+        for split, files in itertools.groupby(found, lambda item: item[0].parts[0]):
             print(f'writing {split}', flush=True)
             for path, data in files:
                 write(partial / path, data)
-        check_counts(spec, partial)
-        sums = {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
-        (partial / 'prepared.json').write_text(json.dumps(dict(settings, sha256=sums), indent=2), encoding='utf-8')
+        if held_out:
+            hold_out(partial, held_out, spec.classes)
+        check_counts(spec, partial, held_out)
+        if tiny:
+            about = dict(sha256=dict(spec.sums), class_names=layout.names[: spec.classes])
+        else:
+            about = dict(sha256={name: hashlib.sha256(data).hexdigest() for name, data in contents.items()})
+        (partial / 'prepared.json').write_text(json.dumps(dict(settings, **about), indent=2), encoding='utf-8')
         os.replace(partial, to)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -215,33 +334,40 @@ def prepare(dataset: str, to: Path, source: Optional[Path], downloads: Optional[
     return True
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
-
-
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Prepare a data set; exit status 0, or 2 after one line on stderr that says what was wrong."""
-    parser = _Parser(prog='prepare_data', description="Make a data set ready for timm's train.py.")
+    parser = Parser(prog='prepare_data', description="Make a data set ready for timm's train.py.")
     parser.add_argument('dataset', choices=sorted(SOURCES))
     parser.add_argument('--to', required=True, type=Path, metavar='DIR', help='the folder to make')
     parser.add_argument('--from', dest='source', type=Path, metavar='PATH', help='archive, or folder of idx files')
     parser.add_argument('--download', type=Path, metavar='DIR', help='for downloads; default: downloads beside --to')
     parser.add_argument('--pad', type=int, default=0, metavar='N', help='border of the training images in pixels')
+    parser.add_argument('--size', type=int, metavar='N', help='tiny-imagenet: average the images down to NxN')
+    parser.add_argument('--classes', type=int, metavar='N', help='tiny-imagenet: the first N by WordNet id')
+    parser.add_argument('--held-out', type=int, default=0, metavar='N', help='move the last N training images to val/')
     args = parser.parse_args(argv)
-    if args.pad < 0:
-        parser.error(f'--pad must be 0 or more pixels, got {args.pad}')
-    try:
-        to = args.to.resolve()
-        made = prepare(args.dataset, to, args.source, args.download, args.pad)
-    except (UsageError, OSError, RuntimeError, tarfile.TarError) as e:
-        print('prepare_data:', *(str(e).splitlines() or [type(e).__name__])[:1], file=sys.stderr)
-        return 2
     spec = SOURCES[args.dataset]
-    area = (spec.side / (spec.side + 2 * args.pad)) ** 2
+    if args.pad < 0 or args.held_out < 0:
+        parser.error(f'--pad and --held-out must be 0 or more, got {args.pad} and {args.held_out}')
+    if args.dataset != 'tiny-imagenet' and (args.size or args.classes):
+        parser.error(f'--size and --classes are for tiny-imagenet, not for {args.dataset}')
+    for name, value, most in (('--size', args.size, spec.side), ('--classes', args.classes, spec.classes)):
+        if value is not None and not 1 <= value <= most:
+            parser.error(f'{name} must be 1 to {most}, got {value}')
+    return run_command('prepare_data', lambda: run(args), expected=(*EXPECTED, tarfile.TarError, zipfile.BadZipFile))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare what the command line says, and print the folder with the options that fit it; returns 0."""
+    to, spec = args.to.resolve(), SOURCES[args.dataset]
+    made = prepare(args.dataset, to, args.source, args.download, args.pad, args.size, args.classes, args.held_out)
+    classes, side = args.classes or spec.classes, args.size or spec.side
+    train, test = (total // spec.classes * classes for total in (spec.train, spec.test))
+    area = (side / (side + 2 * args.pad)) ** 2
     crop = f' --scale {area:.4g} {area:.4g} --ratio 1 1' if args.pad else ''
-    counts = f'train {spec.train}, test {spec.test}, {spec.classes} classes'
-    print(f'{"ready" if made else "already there"}: {to} ({counts}); --data-dir {to} --val-split test{crop}')
+    counts = f'train {train - args.held_out}, test {test}, {classes} classes'
+    split = 'val' if args.held_out else 'test'
+    print(f'{"ready" if made else "already there"}: {to} ({counts}); --data-dir {to} --val-split {split}{crop}')
     return 0
 
 
