@@ -119,7 +119,7 @@ def test_predict_refuses(capsys, checkpoint, tmp_path):
     assert 'neither a .safetensors file nor a PyTorch checkpoint' in refused(
         capsys, 'predict', CAT, '--checkpoint', tmp_path / 'text.pth'
     )
-    assert 'does not fit' in refused(capsys, 'predict', CAT, '--checkpoint', checkpoint)  # ConvRNN's into ConvLSTM
+    assert 'do not fit' in refused(capsys, 'predict', CAT, '--checkpoint', checkpoint)  # ConvRNN's into ConvLSTM
     other = tmp_path / 'other.safetensors'
     save_file(timm.create_model('test_convnext').state_dict(), other)
     assert 'another architecture' in refused(capsys, 'predict', CAT, '--checkpoint', other)

@@ -30,8 +30,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def one_line(error: BaseException) -> str:
-    """An error's first line, or its type where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """An error's first line, with the second where the first ends in a colon; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = lines[0]
+    if len(lines) > 1 and line.startswith('Error(s) in loading state_dict'):
+        more = f' (and {len(lines) - 2} more)' if len(lines) > 2 else ''
+        line = f'the weights do not fit the model: {_cut(lines[1])}{more}'
+    elif len(lines) > 1 and line.endswith(':'):
+        line = f'{line} {lines[1]}'
+    return _cut(line, 500)
+
+
+def _cut(text: str, length: int = 240) -> str:
+    """The text, its end left out where it is longer than `length` characters."""
+    return text if len(text) <= length else f'{text[: length - 1]}…'
 
 
 def report(prog: str, message: str) -> None:

@@ -17,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
 
 from timm_regnet_rnn.cli import DEFAULT_MODEL, UsageError, class_names, create, list_rows
+from timm_regnet_rnn.errors import one_line
 
 EXAMPLES = sorted(map(str, (Path(__file__).parent / 'examples').iterdir()))
 CAT = next(path for path in EXAMPLES if 'chelsea' in path)
@@ -69,7 +70,7 @@ def load(name: str) -> torch.nn.Module:
     try:
         return create(name, None)
     except (OSError, RuntimeError, ValueError) as e:
-        line = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        line = one_line(e)
         raise UsageError(f'the weights of {name} cannot be loaded: {line}') from None
 
 

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
+from ..errors import one_line
 from ..ops.fused_cpu import cache_dir
 from .recipe import check_recipe, load_recipe, train_options
 from .record import append_row, code_commit, make_row, newest_checkpoint, run_name
@@ -205,7 +206,7 @@ def check_model(settings: Dict[str, Any]) -> int:
     try:
         model = timm.create_model(name, device='meta', **kwargs)
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise ValueError(f'cannot build {name!r}: {(str(e).strip().splitlines() or [type(e).__name__])[0]}') from None
+        raise ValueError(f'cannot build {name!r}: {one_line(e)}') from None
     return sum(p.numel() for p in model.parameters())
 
 
@@ -223,7 +224,7 @@ def total_epochs(settings: Dict[str, Any]) -> int:
         kwargs = scheduler_kwargs(argparse.Namespace(**settings))
         return create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=1)[1]
     except (AssertionError, TypeError, ValueError) as e:
-        raise ValueError(f'the schedule cannot be built: {(str(e).splitlines() or ["unknown setting"])[0]}') from None
+        raise ValueError(f'the schedule cannot be built: {one_line(e)}') from None
 
 
 def check_room(folder: Path, parameters: int, settings: Dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from timm.models import PretrainedCfg, is_model_in_modules, model_entrypoint
 from timm.models._hub import save_config_for_hf
 from timm.models.resnet import ResNet
 
+from ..errors import one_line
 from ..regulated_resnet import RegulatedResNet
 
 __all__ = ['check_config', 'read_config', 'write_config']
@@ -147,7 +148,7 @@ def read_config(file: Union[str, Path], what: str) -> int:
     try:
         model = model_entrypoint(config['architecture'])(device='meta', **args)
     except Exception as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        reason = one_line(e)
         raise ValueError(f'{what}: model_args do not build a {config["architecture"]} ({reason})') from None
     return sum(p.numel() * p.element_size() for p in model.parameters())
 

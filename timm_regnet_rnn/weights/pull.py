@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
 from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model_in_modules, is_model_pretrained
 
+from ..errors import one_line
 from .config import read_config, write_config
 from .manifest import RELEASED, embedded_file, known_weights
 
@@ -118,7 +119,7 @@ def _explain(error: Exception, what: str) -> str:
         return f'{what}: not in the cache, and HF_HUB_OFFLINE forbids to fetch it.'
     if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
         return f'{what}: the repository has no such file; weights in other formats are not loaded.'
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    reason = one_line(error)
     return f'cannot fetch {what} ({reason}).'
 
 
