@@ -5,6 +5,8 @@ replace modules find what they know. Where nothing listens to them, several may 
 one predicate for that, `ops.fused_on_cpu` the one for the tensors.
 """
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -34,7 +36,7 @@ def is_batch_norm_relu(norm: nn.Module, act: nn.Module) -> bool:
     )
 
 
-def norm_act(norm: nn.Module, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def norm_act(norm: Any, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """act(norm(x)); a batch norm and ReLU that are trained are one op where that saves passes over memory.
 
     Left to itself: a graph that torch.compile fuses, and a single value per channel, which torch refuses.
@@ -68,7 +70,7 @@ def norm_in_step(cell: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tens
     return fusable and no_grad_on_cpu(x) and not listened(cell, norm, act)
 
 
-def scale_and_shift(norm: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What a batch norm in eval mode does to each channel: a factor and a summand (C,)."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias - norm.running_mean * scale

@@ -9,10 +9,9 @@ regulator's keys missing (see warm_start.py).
 """
 
 import inspect
-from collections import OrderedDict
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -20,12 +19,12 @@ from timm.layers.trace_utils import _assert
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import checkpoint
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from timm.models.resnet import ResNet
 
-from . import ops
 from .conv_rnn import CELLS, RegulatorCell
-from .layers import fuse, listened, norm_act, norm_in_step, scale_and_shift
-from .reparameterize import fold_norm, fold_sequential, link_stem
+from .layers import listened
+from .regulated_block import BLOCKS, RegulatedBasicBlock, RegulatedBottleneck, TimeStep
+from .reparameterize import link_stem
 
 __all__ = ['RegulatedBasicBlock', 'RegulatedBottleneck', 'RegulatedStage', 'RegulatedResNet']
 
@@ -37,266 +36,6 @@ def _one_of(name: str, value: Any, valid: Iterable[Any]) -> None:
         raise ValueError(f'{name} must be one of {", ".join(repr(v) for v in valid)}; got {value!r}.')
 
 
-class _Foldable:
-    """Gives a block the method by which `timm.utils.reparameterize_model` folds its batch norms."""
-
-    @torch.jit.ignore
-    def reparameterize(self) -> None:
-        """Fold every batch norm that follows a convolution; in place, for inference only."""
-        for conv_name, norm_name in (('conv1', 'bn1'), ('conv2', 'bn2'), ('conv3', 'bn3'), ('conv_fuse', 'bn_fuse')):
-            fold_norm(self, conv_name, norm_name)
-        fold_sequential(self.aa)
-        fold_sequential(self.downsample)
-
-
-class PlainBasicBlock(_Foldable, BasicBlock):
-    """timm's BasicBlock, foldable."""
-
-
-class PlainBottleneck(_Foldable, Bottleneck):
-    """timm's Bottleneck, foldable."""
-
-
-class TimeStep:
-    """A block's time step: the regulator with the state it starts from, and, behind the block, the state it leaves.
-
-    It travels beside the features, so that a block takes and returns these alone. A block reads `h` and `c` and writes
-    `next`: running it again, as a checkpoint does, gives the same.
-
-    Attributes:
-        regulator: The stage's cell, None if the block has its own.
-        h, c: State left by the previous block (B, N, H, W), None at the start of a stage.
-        weight, bias: The cell's folded kernel, from `RegulatorCell.kernel`; None if the cell folds it itself.
-        next: h and c for the next block.
-        recorded: Whether autograd recorded the step.
-    """
-
-    def __init__(
-        self,
-        regulator: Optional[nn.Module],
-        h: Optional[torch.Tensor] = None,
-        c: Optional[torch.Tensor] = None,
-        weight: Optional[torch.Tensor] = None,
-        bias: Optional[torch.Tensor] = None,
-    ) -> None:
-        self.regulator, self.h, self.c, self.weight, self.bias = regulator, h, c, weight, bias
-        self.next: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]] = (None, None)
-        self.recorded = True
-
-
-class _Regulated(_Foldable):
-    """What the regulated blocks add to timm's: the norm of h, the fuse convolution, and one step of the regulator.
-
-    Attributes:
-        regulated: A stage gives the block its time step.
-        fuse_after: The convolution whose features the state joins.
-    """
-
-    regulated = True
-    fuse_after = ''
-
-    def __init__(
-        self,
-        *args,
-        regulator: str = 'convlstm',
-        carry: str = 'norm',
-        share_regulator: bool = True,
-        act_layer=nn.ReLU,
-        norm_layer=nn.BatchNorm2d,
-        **kwargs,
-    ) -> None:
-        """
-        Args:
-            regulator: Cell, 'convrnn', 'convgru' or 'convlstm'.
-            carry: What the next block receives as h: 'norm' (after BN and ReLU) or 'raw' (the cell's own).
-            share_regulator: The stage owns the cell; otherwise the block has its own.
-            act_layer: Activation layer class.
-            norm_layer: Normalization layer class.
-            *args, **kwargs: timm's block.
-        """
-        super().__init__(*args, act_layer=act_layer, norm_layer=norm_layer, **kwargs)
-        dd = {k: kwargs.get(k) for k in ('device', 'dtype')}
-        self.state_width = self.conv1.out_channels
-        width = getattr(self, self.fuse_after).out_channels
-        self.carry_norm = carry == 'norm'
-        self.regulator = None if share_regulator else CELLS[regulator](self.state_width, **dd)
-        self.bn_h = norm_layer(self.state_width, **dd)
-        self.act_h = act_layer(inplace=True)
-        self.conv_fuse = nn.Conv2d(width + self.state_width, width, kernel_size=1, bias=False, **dd)
-        self.bn_fuse = norm_layer(width, **dd)
-        self.act_fuse = act_layer(inplace=True)
-
-    @torch.jit.ignore
-    def forward(self, x: torch.Tensor, step: Optional[TimeStep] = None) -> torch.Tensor:
-        """One block, one time step of the regulator.
-
-        Args:
-            x: Features (B, C, H, W).
-            step: The time step, from the stage; left out, a block with a cell of its own starts from the zero state.
-
-        Returns:
-            Features (B, C', H', W').
-
-        Raises:
-            TypeError: There is no regulator.
-        """
-        if step is None:
-            step = TimeStep(None)
-        cell = self.regulator if step.regulator is None else step.regulator
-        if cell is None:
-            raise TypeError(
-                f'{type(self).__name__} shares the regulator of its stage: call the stage, or a slice of it.'
-            )
-        main, read = self.enter(x)
-        normed = self.carry_norm and norm_in_step(cell, self.bn_h, self.act_h, read)
-        if normed:
-            weight, bias = cell.kernel() if step.weight is None else (step.weight, step.bias)
-            scale, shift = scale_and_shift(self.bn_h)
-            raw, c = ops.step_norm_relu(cell.step, read, step.h, step.c, weight, bias, scale, shift)
-        else:
-            raw, c = cell(read, step.h, step.c, step.weight, step.bias)
-        out, h = self.leave(x, main, raw, normed)
-        step.next, step.recorded = (h, c), torch.is_grad_enabled()
-        return out
-
-    def fuse_state(self, main: torch.Tensor, raw: torch.Tensor, normed: bool) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The state joins the features.
-
-            h = ReLU(BN(h'));  x = ReLU(BN(conv1x1([x, h])))
-
-        Args:
-            main: Features (B, C, H, W).
-            raw: The cell's h' (B, N, H, W), or h if `normed`.
-            normed: The step did the work of BN and ReLU too.
-
-        Returns:
-            Features (B, C, H, W), and what the next block receives as h.
-        """
-        if torch.jit.is_scripting():
-            h = self.act_h(self.bn_h(raw))
-            main = self.act_fuse(self.bn_fuse(self.conv_fuse(torch.cat([main, h], 1))))
-        else:
-            h = raw if normed else norm_act(self.bn_h, self.act_h, raw)
-            main = norm_act(self.bn_fuse, self.act_fuse, fuse(self.conv_fuse, main, h))
-        return main, h if self.carry_norm else raw
-
-    def join(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """The end of a residual branch: SE, stochastic depth, and the sum with the shortcut."""
-        if self.se is not None:
-            x = self.se(x)
-        if self.drop_path is not None:
-            x = self.drop_path(x)
-        if self.downsample is not None:
-            shortcut = self.downsample(shortcut)
-        x += shortcut
-        return x
-
-
-class RegulatedBasicBlock(_Regulated, BasicBlock):
-    """The paper's RegNet module: a basic block with the regulator between its two 3x3 convolutions.
-
-        x2 = ReLU(BN(conv3x3(x1)));  h = ReLU(BN(cell(x2, state)));  x3 = ReLU(BN(conv1x1([x2, h])))
-        x4 = BN(conv3x3(x3));  out = ReLU(shortcut(x1) + SE(x4))
-
-    Our reading: the state carried to the next block is h after BN and ReLU, and the raw c; `carry='raw'` carries the
-    cell's own h'.
-    """
-
-    fuse_after = 'conv1'
-
-    def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Up to the regulator: x1 to x2, which is also what the regulator reads."""
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.drop_block(x)
-        x = self.act1(x)
-        x = self.aa(x)
-        return x, x
-
-    def leave(
-        self, shortcut: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, normed: bool = False
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """From the regulator on: x1, x2 and the cell's h' to the block's features and the h that is carried."""
-        x, h = self.fuse_state(x, raw, normed)
-        x = self.conv2(x)
-        x = self.bn2(x)
-        return self.act2(self.join(x, shortcut)), h
-
-
-class RegulatedBottleneck(_Regulated, Bottleneck):
-    """The paper's bottleneck RegNet module: the regulator runs beside the 3x3 convolution.
-
-        x2 = ReLU(BN(conv1x1(x1)));  h = ReLU(BN(cell(pool(x2), state)));  x3 = ReLU(BN(conv3x3(x2)))
-        x4 = ReLU(BN(conv1x1([x3, h])));  x5 = BN(conv1x1(x4));  out = ReLU(shortcut(x1) + SE(x5))
-
-    Our readings: timm strides in the 3x3, so where a stage begins with a stride, `pool` is a 2x2 average pool with
-    stride 2, rounding up so that odd sizes match the strided 3x3; the carried state as in RegulatedBasicBlock.
-    """
-
-    fuse_after = 'conv2'
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        # timm's own anti-aliasing by AvgPool2d rounds down, everything else up
-        round_up = not isinstance(self.aa, nn.AvgPool2d)
-        self.pool = nn.AvgPool2d(2, 2, ceil_mode=round_up) if self.stride == 2 else nn.Identity()
-
-    def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Up to the regulator: x1 to x3, and pool(x2), which the regulator reads."""
-        x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
-        read = self.pool(x)
-
-        x = self.conv2(x)
-        x = self.bn2(x)
-        x = self.drop_block(x)
-        x = self.act2(x)
-        return self.aa(x), read
-
-    def leave(
-        self, shortcut: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, normed: bool = False
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """From the regulator on: x1, x3 and the cell's h' to the block's features and the h that is carried."""
-        x, h = self.fuse_state(x, raw, normed)
-        x = self.conv3(x)
-        x = self.bn3(x)
-        return self.act3(self.join(x, shortcut)), h
-
-
-class _Control(_Foldable):
-    """What a regulated block has besides the regulator: the fuse convolution, over the features alone.
-
-    Ours, not the paper's: it tells what the memory does from what one more 1x1 convolution does.
-    """
-
-    fuse_after = ''
-
-    def __init__(self, *args, act_layer=nn.ReLU, norm_layer=nn.BatchNorm2d, **kwargs) -> None:
-        super().__init__(*args, act_layer=act_layer, norm_layer=norm_layer, **kwargs)
-        dd = {k: kwargs.get(k) for k in ('device', 'dtype')}
-        width = getattr(self, self.fuse_after).out_channels
-        layers = dict(
-            aa=self.aa,
-            conv_fuse=nn.Conv2d(width, width, kernel_size=1, bias=False, **dd),
-            bn_fuse=norm_layer(width, **dd),
-            act_fuse=act_layer(inplace=True),
-        )
-        self.aa = nn.Sequential(OrderedDict(layers))  # the last that timm's block applies before the next convolution
-
-
-class ControlBasicBlock(_Control, BasicBlock):
-    """x2 = ReLU(BN(conv3x3(x1)));  x3 = ReLU(BN(conv1x1(x2)));  x4 = BN(conv3x3(x3));  out = ReLU(x1 + SE(x4))."""
-
-    fuse_after = 'conv1'
-
-
-class ControlBottleneck(_Control, Bottleneck):
-    """As Bottleneck, with x4 = ReLU(BN(conv1x1(x3))) between its last two convolutions."""
-
-    fuse_after = 'conv2'
-
-
 class RegulatedStage(nn.Sequential):
     """A stage: regulated blocks, named '0', '1', ... as in timm, and the regulator whose time steps they are.
 
@@ -306,7 +45,7 @@ class RegulatedStage(nn.Sequential):
     Our reading: the state starts at zero at the first block of every stage, where map size and width change.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], regulator: Optional[nn.Module]) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], regulator: Optional[RegulatorCell]) -> None:
         """
         Args:
             blocks: Regulated blocks, in order; others, for which no time passes, may stand between them.
@@ -315,6 +54,9 @@ class RegulatedStage(nn.Sequential):
         super().__init__(*blocks)
         self.grad_checkpointing = False
         self.regulator = regulator
+
+    if TYPE_CHECKING:
+        regulator: Optional[RegulatorCell]
 
     def _set_blocks(self, blocks: Iterable[nn.Module]) -> None:
         cell = self._modules.get('regulator')
@@ -327,7 +69,7 @@ class RegulatedStage(nn.Sequential):
     def __len__(self) -> int:
         return len(self._modules) - ('regulator' in self._modules)
 
-    def __iter__(self) -> Iterator[nn.Module]:
+    def __iter__(self) -> Iterator[Any]:
         return iter([m for name, m in self._modules.items() if name != 'regulator'])
 
     def __getitem__(self, index: Any) -> Any:
@@ -387,7 +129,10 @@ class RegulatedStage(nn.Sequential):
     @torch.jit.unused
     def walk(self, x: torch.Tensor) -> torch.Tensor:
         """`forward` outside of TorchScript, which takes no module as an argument."""
-        h, c, weight, bias = None, None, None, None
+        h: Optional[torch.Tensor] = None
+        c: Optional[torch.Tensor] = None
+        weight: Optional[torch.Tensor] = None
+        bias: Optional[torch.Tensor] = None
         # a hook may replace the cell's weights at each call, so a cell that is listened to folds them itself
         if self.regulator is not None and not listened(self.regulator):
             weight, bias = self.regulator.kernel()
@@ -414,10 +159,6 @@ class RegulatedStage(nn.Sequential):
         return x, *step.next
 
 
-BLOCKS: Dict[str, Dict[str, Any]] = dict(
-    basic=dict(regulated=RegulatedBasicBlock, plain=PlainBasicBlock, control=ControlBasicBlock),
-    bottleneck=dict(regulated=RegulatedBottleneck, plain=PlainBottleneck, control=ControlBottleneck),
-)
 STEMS = ('', 'deep', 'deep_tiered', 'cifar')
 
 
@@ -427,6 +168,16 @@ class RegulatedResNet(ResNet):
     One class for both stems: timm's for ImageNet, and `stem_type='cifar'`, a 3x3 convolution of the first stage's width
     with no pooling, for 32x32 images.
     """
+
+    if TYPE_CHECKING:
+        conv1: Any
+        maxpool: Any
+        layer1: Any
+        layer2: Any
+        layer3: Any
+        layer4: Any
+        feature_info: List[Dict[str, Any]]
+        pretrained_cfg: Dict[str, Any]
 
     def __init__(
         self,
@@ -509,7 +260,7 @@ class RegulatedResNet(ResNet):
         chosen = blocks['control' if regulator == 'fuse' else 'regulated']
         if regulator in CELLS:
             chosen = partial(chosen, regulator=regulator, carry=carry, share_regulator=share_regulator)
-            chosen.expansion = blocks['plain'].expansion
+            chosen.expansion = blocks['plain'].expansion  # type: ignore[attr-defined]  # timm's ResNet reads it
         regulated = [regulator is not None and i + 1 in regulated_stages for i in range(num_stages)]
         if cifar:
             # timm's deep stem has 2 x stem_width channels; its layers are replaced below
@@ -517,7 +268,7 @@ class RegulatedResNet(ResNet):
 
         with nullcontext() if device is None else torch.device(device):
             super().__init__(
-                tuple(chosen if r else blocks['plain'] for r in regulated),
+                tuple(chosen if r else blocks['plain'] for r in regulated),  # type: ignore[arg-type]  # one per stage
                 tuple(layers),
                 num_classes=num_classes,
                 in_chans=in_chans,

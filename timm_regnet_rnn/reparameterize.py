@@ -20,7 +20,8 @@ def fold_norm(parent: nn.Module, conv_name: str, norm_name: str) -> None:
 
     A convolution whose weight is computed at each call (pruned, parametrized) cannot take the norm in.
     """
-    conv, norm = getattr(parent, conv_name, None), getattr(parent, norm_name, None)
+    conv: Any = getattr(parent, conv_name, None)
+    norm: Any = getattr(parent, norm_name, None)
     if (
         type(conv) is nn.Conv2d
         and conv._parameters.get('weight') is not None
@@ -40,7 +41,7 @@ def fold_sequential(module: Optional[nn.Module]) -> None:
             fold_norm(module, conv_name, norm_name)
 
 
-def fold_stem(net: nn.Module) -> None:
+def fold_stem(net: Any) -> None:
     """Fold the batch norms of a net's stem: those inside a deep stem or a convolutional stem pool, and `bn1`."""
     fold_sequential(net.conv1)
     fold_sequential(net.maxpool)
@@ -75,6 +76,6 @@ class StemFold:
         return StemFold, (None,)
 
 
-def link_stem(net: nn.Module) -> None:
+def link_stem(net: Any) -> None:
     """Let `timm.utils.reparameterize_model` fold the stem, through its first child."""
     net.conv1.reparameterize = StemFold(net)

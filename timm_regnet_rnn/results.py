@@ -3,9 +3,10 @@
 import csv
 import json
 import re
-from collections import defaultdict, namedtuple
+from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, TypeVar, get_type_hints
 
 import yaml
 
@@ -15,15 +16,45 @@ IN_WHEEL, IN_CHECKOUT = HERE / 'training' / 'recipes', HERE.parent / 'train_reci
 RECIPES = IN_CHECKOUT if (IN_CHECKOUT / 'cifar_paper.yaml').is_file() else IN_WHEEL
 COMPLEXITY = json.loads((HERE / 'model_complexity.json').read_text(encoding='utf-8'))
 EPOCHS = {p.stem: yaml.safe_load(p.read_text(encoding='utf-8')).get('epochs', 300) for p in RECIPES.glob('*.yaml')}
-# fmt: off
-COLUMNS = (
-    'run', 'date', 'model', 'model_kwargs', 'recipe', 'overrides', 'dataset', 'seed', 'epochs', 'params', 'macs',
-    'top1', 'top5', 'weights', 'best_epoch', 'best_top1', 'images_per_s', 'processes', 'device', 'versions', 'commit',
-)
-# fmt: on
+Label = Tuple[str, str]  # a row of a table: model, model_kwargs
+Group = Tuple[Any, ...]  # a table: data set, recipe, epochs, overrides
+
+
+class Run(NamedTuple):
+    """A row of results.csv, and the table and the table's row that it belongs to.
+
+    Units: `top1`, `top5` and `best_top1` in percent, `params` in parameters, `macs` in multiply-adds for one image.
+    """
+
+    run: str
+    date: str
+    model: str
+    model_kwargs: str
+    recipe: str
+    overrides: str
+    dataset: str
+    seed: int
+    epochs: int
+    params: int
+    macs: int
+    top1: float
+    top5: float
+    weights: str
+    best_epoch: int
+    best_top1: float
+    images_per_s: Any  # a float, or '' where it was not measured
+    processes: int
+    device: str
+    versions: str
+    commit: str
+    group: Group
+    label: Label
+
+
+COLUMNS = Run._fields[:-2]
 CURVE = ('epoch', 'lr', 'train_loss', 'eval_loss', 'top1', 'top5')
 REGULATOR_KWARGS = ('regulator', 'regulated_stages', 'share_regulator', 'carry')  # a ResNet has none of them
-INTEGERS, FLOATS = ('seed', 'epochs', 'params', 'macs', 'best_epoch', 'processes'), ('top1', 'top5', 'best_top1')
+NUMBERS = {name: kind for name, kind in get_type_hints(Run).items() if kind in (int, float)}
 # Cells that stand in the README before anybody has filled them.
 PLANNED_RECIPES = ('cifar_paper', 'cifar_modern')
 PLANNED_GROUPS = [('CIFAR-10, JPEG q75 mirror', name, EPOCHS.get(name, 200), '') for name in PLANNED_RECIPES]
@@ -32,16 +63,14 @@ PLANNED_MODELS = (
     *('cifar_seresnet_20', 'seregnet_convlstm_20', 'cifar_resnet_56', 'regnet_convlstm_56'),
 )
 FAMILIES = ('resnet', 'convrnn', 'convgru', 'convlstm')  # parts of models' names, in the order of rows
-# A table is a group of runs (data set, recipe, epochs, overrides); a row is a label (model, model_kwargs).
-Run = namedtuple('Run', [*COLUMNS, 'group', 'label'])
 
 
-def split_kwargs(text):
+def split_kwargs(text: str) -> List[str]:
     """`name=value` arguments, sorted, so that two spellings are one row."""
     return sorted(re.split(r'\s+(?=\w+=)', text)) if text else []
 
 
-def resnet_of(label):
+def resnet_of(label: Label) -> Optional[Label]:
     """Label of the ResNet that a RegNet is measured against; arguments that both can have must agree."""
     match = re.fullmatch(r'(se)?regnet_conv[a-z]+_(\d+)', label[0])
     if not match:
@@ -52,57 +81,64 @@ def resnet_of(label):
     return cifar if cifar in COMPLEXITY else name, ' '.join(shared)
 
 
-MODELS = {*COMPLEXITY, *(resnet_of((name, ''))[0] for name in COMPLEXITY if 'regnet' in name)}
+MODELS = {*COMPLEXITY, *(resnet[0] for name in COMPLEXITY if (resnet := resnet_of((name, ''))))}
 
 
-def traits(model):
+def traits(model: str) -> Tuple[int, bool, int]:
     """Depth, whether with SE, and index of the family."""
     name = model.split('.')[0]  # a tag may name another model
     family = next(i for i, part in enumerate(FAMILIES) if part in name)
-    return int(re.search(r'\d+', name)[0]), 'sere' in name, family
+    return int(re.findall(r'\d+', name)[0]), 'sere' in name, family
 
 
-def row_order(label):
+def row_order(label: Label) -> Tuple[Any, ...]:
     """Sort key of rows: variants stand below their model."""
     return traits(label[0]), label
 
 
-def group_order(group):
+def group_order(group: Group) -> Tuple[Any, ...]:
     """Sort key of tables: the planned ones, others of full length, the shortened."""
     planned = PLANNED_GROUPS.index(group) if group in PLANNED_GROUPS else len(PLANNED_GROUPS)
     return planned, group[2] < EPOCHS[group[1]], group
 
 
-def parse(row):
+def parse(row: Mapping[Any, Any]) -> Run:
     """The Run of one row of results.csv, checked by itself."""
     if None in row or None in row.values():
         raise ValueError('not as many fields as the header has')
-    row = {name: ' '.join(row[name].split()) for name in COLUMNS}
-    for name, text in row.items():
+    values: Dict[str, Any] = {}
+    for name in COLUMNS:
+        text = ' '.join(row[name].split())
         if re.search('[|<>`]', text):
             raise ValueError(f'{name} {text!r} would break the table')
-        numeric = name in INTEGERS or name in FLOATS or (name == 'images_per_s' and text)
         try:
-            row[name] = (int if name in INTEGERS else float)(text) if numeric else text
+            values[name] = float(text) if name == 'images_per_s' and text else NUMBERS.get(name, str)(text)
         except ValueError:
             raise ValueError(f'{name} is no number: {text!r}') from None
-    if row['model'].split('.')[0] not in MODELS:
-        raise ValueError(f'unknown model {row["model"]!r}')
-    if row['recipe'] not in EPOCHS:
-        raise ValueError(f'no recipe {row["recipe"]!r} in {RECIPES.name}')
-    if row['weights'] not in ('last', 'ema'):
-        raise ValueError(f'weights are last or ema, not {row["weights"]!r}')
-    if not row['dataset'] or not row['run'] or Path(row['run']).name != row['run']:  # the run names its curve's file
-        raise ValueError(f'empty dataset, or run {row["run"]!r} is no file name')
-    if min(row['params'], row['macs'], row['epochs']) < 1:
+    if values['model'].split('.')[0] not in MODELS:
+        raise ValueError(f'unknown model {values["model"]!r}')
+    if values['recipe'] not in EPOCHS:
+        raise ValueError(f'no recipe {values["recipe"]!r} in {RECIPES.name}')
+    if values['weights'] not in ('last', 'ema'):
+        raise ValueError(f'weights are last or ema, not {values["weights"]!r}')
+    if (
+        not values['dataset'] or not values['run'] or Path(values['run']).name != values['run']
+    ):  # the run names its curve's file
+        raise ValueError(f'empty dataset, or run {values["run"]!r} is no file name')
+    if min(values['params'], values['macs'], values['epochs']) < 1:
         raise ValueError('params, macs or epochs below 1')
-    if not 0 <= row['top1'] <= row['top5'] <= 100 or not 0 <= row['best_top1'] <= 100:
-        raise ValueError(f'top1 {row["top1"]}, top5 {row["top5"]}, best_top1 {row["best_top1"]}: not percentages')
-    group = row['dataset'], row['recipe'], row['epochs'], row['overrides']
-    return Run(**row, group=group, label=(row['model'], ' '.join(split_kwargs(row['model_kwargs']))))
+    if not 0 <= values['top1'] <= values['top5'] <= 100 or not 0 <= values['best_top1'] <= 100:
+        raise ValueError(
+            f'top1 {values["top1"]}, top5 {values["top5"]}, best_top1 {values["best_top1"]}: not percentages'
+        )
+    group = values['dataset'], values['recipe'], values['epochs'], values['overrides']
+    return Run(**values, group=group, label=(values['model'], ' '.join(split_kwargs(values['model_kwargs']))))
 
 
-def read_csv(path, columns, convert):
+T = TypeVar('T')
+
+
+def read_csv(path: Path, columns: Sequence[str], convert: Callable[[Mapping[Any, Any]], T]) -> List[T]:
     """`convert` of each row; what it raises gets the line."""
     with open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, strict=True)
@@ -115,17 +151,22 @@ def read_csv(path, columns, convert):
             raise ValueError(f'{path.name}, line {reader.line_num}: {e}') from None
 
 
-def read_runs(path):
+Groups = Dict[Group, Dict[Label, List[Run]]]
+
+
+def read_runs(path: Path) -> Groups:
     """The runs of results.csv by group and label, in the order of tables and rows; none without the file.
 
     Raises:
         ValueError: A row cannot stand in a table; in one line.
     """
     runs = read_csv(path, COLUMNS, parse) if path.exists() else []
-    seen, groups = {}, defaultdict(lambda: defaultdict(list))
+    seen: Dict[Any, Any] = {}
+    groups: Groups = defaultdict(lambda: defaultdict(list))
     for run in runs:
         # once each: the run, and a seed under the same settings, whose second run would be no independent draw
-        for key in (run.run, (*run.group, *run.label, run.seed)):
+        keys: Tuple[Any, ...] = (run.run, (*run.group, *run.label, run.seed))
+        for key in keys:
             if seen.setdefault(key, run) is not run:
                 raise ValueError(f'{path.name}: {run.run!r} repeats {seen[key].run!r}; one of the two rows has to go')
         sizes = f'{run.params} params and {run.macs} macs'
@@ -137,15 +178,16 @@ def read_runs(path):
     return groups
 
 
-def spread(values, sign=''):
+def spread(values: Sequence[float], sign: str = '') -> str:
     """Mean, and sample standard deviation where there is one."""
     deviation = f' ± {stdev(values):.2f}' if len(values) > 1 else ''
     return f'{round(mean(values), 2) + 0.0:{sign}.2f}{deviation}'  # + 0.0 turns -0.0 into 0.0
 
 
-def cells(rows, label):
+def cells(rows: Mapping[Label, List[Run]], label: Label) -> List[str]:
     """A label's top-1, top-5, difference to its ResNet, and seeds; empty where nobody ran it."""
-    runs, resnet = rows.get(label, ()), {run.seed: run.top1 for run in rows.get(resnet_of(label), ())}
+    runs, baseline = rows.get(label, []), resnet_of(label)
+    resnet = {run.seed: run.top1 for run in rows.get(baseline, [])} if baseline else {}
     if not runs:
         return [''] * 4
     differences = [run.top1 - resnet[run.seed] for run in runs if run.seed in resnet]
@@ -156,17 +198,17 @@ def cells(rows, label):
     return [spread([run.top1 for run in runs]), spread([run.top5 for run in runs]), difference, seeds]
 
 
-def describe(group, mark=''):
+def describe(group: Group, mark: str = '') -> str:
     """Epochs and overrides in words, with `mark` around code."""
     full = EPOCHS[group[1]]
     epochs = f'shortened to {group[2]} of {full} epochs' if group[2] < full else f'{group[2]} epochs'
     return f'{epochs}, {mark + group[3] + mark if group[3] else "no overrides"}'
 
 
-def table(groups, planned=()):
+def table(groups: Groups, planned: Sequence[str] = ()) -> str:
     """Caption and Markdown table of groups on one data set, side by side."""
-    labels = {(model, ''): COMPLEXITY[model] for model in planned}
-    caption, head, runs = '', ['model', 'parameters (M)', 'multiply-adds (G)'], []
+    labels: Dict[Label, Mapping[str, Any]] = {(model, ''): COMPLEXITY[model] for model in planned}
+    caption, head, runs = '', ['model', 'parameters (M)', 'multiply-adds (G)'], list[Run]()
     for group, rows in groups.items():
         runs += [run for same in rows.values() for run in same]
         ema = ', EMA weights' if any(run.weights == 'ema' for same in rows.values() for run in same) else ''
