@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import matplotlib
 import pytest
 from matplotlib.figure import Figure
+from scipy import stats
 from timm.models.resnet import ResNet
 
 from timm_regnet_rnn import results as rows
@@ -31,7 +32,9 @@ PLANNED = [
     *('cifar_seresnet_20', 'seregnet_convlstm_20', 'cifar_resnet_56', 'regnet_convlstm_56'),
 ]
 SIZES = json.loads((ROOT / 'timm_regnet_rnn' / 'model_complexity.json').read_text())
-README = f'# Title\n\nbefore\n\n{results.START}\nold\n{results.END}\n\nafter\n'
+URL = rows.REPOSITORY
+START, END = (mark.format('results') for mark in (results.START, results.END))
+README = f'# Title\n\nbefore\n\n{START}\nold\n{END}\n\nafter\n'
 SHORT = dict(epochs=20, overrides='--decay-milestones 11 16 --epochs 20')
 
 
@@ -86,7 +89,7 @@ class Project:
         return self
 
     def call(self, *argv):
-        status = results.main([str(a) for a in argv], self.results, self.readme)
+        status = results.main([str(a) for a in argv], self.results, (self.readme,))
         out, self.err = self.capsys.readouterr()
         assert out == ''
         return status
@@ -103,8 +106,8 @@ class Project:
         """Caption, header, and the cells by model of every table in the README."""
         assert self.call() == 0, self.err
         text = self.readme.read_text(encoding='utf-8')
-        start, rest = text.split(results.START)
-        middle, end = rest.split(results.END)
+        start, rest = text.split(START)
+        middle, end = rest.split(END)
         assert start == '# Title\n\nbefore\n\n' and end == '\n\nafter\n'
         found = []
         for block in re.split(r'\n\n(?=\*\*)', middle.strip('\n')):
@@ -260,7 +263,7 @@ def test_other_settings_are_tables_of_their_own(project):
     assert others[3][2][name][2:] == ['80.00', '99.50', '+1.00', 'n = 1: 1']
     lossless, rate, fashion, short, shorter = (caption for caption, _, _ in others)
     assert lossless.startswith(
-        '**CIFAR-10.** [`cifar_paper`](train_recipes/cifar_paper.yaml): 200 epochs, no overrides.'
+        f'**CIFAR-10.** [`cifar_paper`]({URL}/blob/main/train_recipes/cifar_paper.yaml): 200 epochs, no overrides.'
     )
     assert '200 epochs, `--lr 0.05`.' in rate
     assert 'fashion_mnist.yaml): 10 epochs, no overrides.' in fashion  # its full length
@@ -328,7 +331,7 @@ def test_check_detects_a_changed_figure(project):
         ([dict(dataset=' ')], 'empty dataset'),
         ([dict(run='../run')], 'no file name'),
         ([dict(overrides='--aa a|b')], 'would break the table'),
-        ([dict(device=results.END)], 'would break the table'),
+        ([dict(device=END)], 'would break the table'),
         ([dict(run='a'), dict(run='a', seed=2)], "'a' repeats 'a'"),
         ([dict(run='a'), dict(run='b')], "'b' repeats 'a'"),  # the same settings and seed
         ([dict(run='a'), dict(seed=2, weights='ema')], 'ema weights'),
@@ -377,8 +380,8 @@ def test_unknown_throughput_and_byte_order_mark(project):
 @pytest.mark.parametrize(
     'text',
     [
-        *('nothing', results.START, results.END, f'{results.END}\n{results.START}'),
-        *(README + results.START, README + results.END, README + README),
+        *('nothing', START, END, f'{END}\n{START}'),
+        *(README + START, README + END, README + README),
     ],
 )
 def test_readme_without_markers(project, text):
@@ -415,7 +418,7 @@ ALL = [
 
 
 def test_plots_depend_on_rows_alone(project):
-    names = ['accuracy_macs.svg', 'accuracy_params.svg', 'learning_curves.svg']
+    names = ['accuracy_macs.svg', 'accuracy_params.svg', 'curves_cifar_10_jpeg_q75_mirror.svg']
 
     def plots():
         assert project.call('--plots', project.plots) == 0, project.err
@@ -465,19 +468,20 @@ def test_accuracy_plot(project):
 def test_learning_curves(project):
     groups = results.read_runs(project.write(*ALL).results)
     figure = Figure(layout='constrained')
-    results.draw_curves(figure, groups, project.results.parent / 'curves')
-    loss, top1, late, *short = figure.axes
-    assert len(short) == 3 and [len(axes.lines) for axes in figure.axes] == [7] * 3 + [1] * 3
-    assert [axes.get_xlabel() for axes in figure.axes] == ['epoch'] * 6
+    results.draw_curves(figure, groups, results.read_curves(groups, project.results.parent / 'curves'))
+    loss, top1, *short = figure.axes
+    assert len(short) == 2 and [len(axes.lines) for axes in figure.axes] == [9] * 2 + [1] * 2
+    assert [axes.get_xlabel() for axes in figure.axes] == ['epoch'] * 4
     assert loss.get_ylabel() == 'training loss' and top1.get_ylabel() == 'top-1 on the test split (%)'
-    assert late.get_ylabel() == 'top-1 after epoch 150 (%)'
     assert list(loss.lines[0].get_xdata()) == list(range(1, 201)) and loss.lines[0].get_ydata()[1] == 1.0
-    assert [line.get_ydata()[-1] for line in top1.lines] == [91.0, 92.0, 92.0, 94.0, 90.5, 92.0, 94.0]
-    assert list(late.lines[0].get_xdata()) == list(range(151, 201)) and late.lines[0].get_ydata()[-1] == 91.0
+    # two seeds and their mean, two seeds and their mean, and three nets of one seed
+    assert [line.get_ydata()[-1] for line in top1.lines] == [91.0, 92.0, 91.5, 92.0, 94.0, 93.0, 90.5, 92.0, 94.0]
+    thin = [line.get_linewidth() < 1 for line in top1.lines]
+    assert thin == [True, True, False, True, True, False, False, False, False]
     styles = [(line.get_color(), line.get_linestyle()) for line in top1.lines]
-    assert styles[0] == styles[1] and styles[2] == styles[3] and len(set(styles)) == 5  # seeds look alike
-    assert [style for _, style in styles] == ['--', '--', '-', '-', '-', '-', '-']
-    assert styles[2] == (short[1].lines[0].get_color(), '-')  # nor do other tables change a model's colour
+    assert len(set(styles[:3])) == len(set(styles[3:6])) == 1 and len(set(styles)) == 5  # seeds look alike
+    assert [style for _, style in styles] == ['--'] * 3 + ['-'] * 6
+    assert styles[3] == (short[1].lines[0].get_color(), '-')  # nor do other tables change a model's colour
     titles = [strip.get_suptitle() for strip in figure.subfigs]
     assert titles[1] == (
         'CIFAR-10, JPEG q75 mirror\ncifar_paper, shortened to 20 of 200 epochs, --decay-milestones 11 16 --epochs 20'
@@ -488,17 +492,58 @@ def test_learning_curves(project):
     ]
 
 
+def test_differences_are_paired_by_seed(project):
+    """To the ResNet and to the control, mean, deviation and Student's interval, of hand-made rows."""
+    fuse = dict(model_kwargs='regulator=fuse')
+    project.write(
+        *(row('cifar_resnet_20', t, s) for s, t in ((0, 80.0), (1, 81.0), (2, 82.0))),
+        *(row('regnet_convlstm_20', t, s, **fuse) for s, t in ((0, 80.5), (1, 81.5), (2, 82.5))),
+        *(row('regnet_convgru_20', t, s) for s, t in ((0, 81.0), (1, 83.0), (2, 85.0), (3, 1.0))),
+        row('regnet_convrnn_20', 99.0, 0),  # one pair says nothing
+    )
+    project.readme.write_text(
+        README.replace('results:', 'differences:').replace('end of results', 'end of differences')
+    )
+    assert project.call() == 0, project.err
+    lines = [line for line in project.readme.read_text().splitlines() if line.startswith('| CIFAR')]
+    found = {tuple(re.findall('`(.*?)`', line)): [x.strip() for x in line.split('|')[4:8]] for line in lines}
+    gru, control = 'regnet_convgru_20', 'regnet_convlstm_20 regulator=fuse'
+    assert found.keys() == {(gru, 'cifar_resnet_20'), (gru, control), (control, 'cifar_resnet_20')}
+    # differences 1, 2, 3: t(0.975, 2) = 4.303 times 1 / sqrt(3) is 2.48
+    assert found[gru, 'cifar_resnet_20'] == ['+2.00 ± 1.00', '-0.48 to +4.48', '+0.000', '0, 1, 2']
+    assert found[gru, control][0] == '+1.50 ± 1.00'
+    assert found[control, 'cifar_resnet_20'][:2] == ['+0.50 ± 0.00', '+0.50 to +0.50']
+
+
+def test_quantiles_are_students():
+    assert tuple(round(float(stats.t.ppf(0.975, n)), 3) for n in range(1, len(rows.T975) + 1)) == rows.T975
+
+
+def test_pages_name_the_projects_repository():
+    """One placeholder organisation: pyproject.toml's."""
+    home = re.search(r'Homepage = "(.*)"', (ROOT / 'pyproject.toml').read_text(encoding='utf-8'))[1]
+    assert home == rows.REPOSITORY
+    raw = home.replace('github.com', 'raw.githubusercontent.com')
+    for page in (ROOT / 'README.md', *ROOT.glob('docs/*.md')):
+        text = page.read_text(encoding='utf-8')
+        for link in re.findall(r'\]\((https://(?:raw\.)?github[^)]*timm_regnet_rnn[^)]*)\)', text):
+            assert link.startswith((f'{raw}/main/', f'{home}/')), link
+            path = re.sub(f'^({raw}/main|{home}/(blob|tree)/main)/', '', link)
+            assert path == link or (ROOT / path).exists(), link
+        for image in re.findall(r'!\[[^]]*\]\(([^)]*)\)', text) if page.name == 'README.md' else ():
+            assert image.startswith(raw), image  # a package page shows no relative image
+
+
 def test_curve_must_be_whole(project):
     project.write(*ALL)
     path = project.results.parent / 'curves' / f'{ALL[0]["run"]}.csv'
     text = path.read_text()
     path.write_text(text[: text.rstrip().rindex('\n') + 1])
-    assert 'does not end at epoch 200' in project.refused('--plots', project.plots)
+    assert 'does not have the epochs 1 to 200' in project.refused('--plots', project.plots)
     path.write_text(text.replace('train_loss', 'loss'))
     assert 'no column train_loss' in project.refused('--plots', project.plots)
     path.unlink()
     assert path.name in project.refused('--plots', project.plots)
-    assert project.call() == 0  # the tables need no curves
 
 
 def test_plots_without_runs_or_matplotlib(project, monkeypatch):

@@ -1,8 +1,9 @@
-"""Turn results.csv, one row per finished run, into the tables of README.md and into plots.
+"""Turn results.csv, one row per finished run, into the tables of README.md and docs/results.md and into plots.
 
     python train_recipes/results.py               rewrite the tables
     python train_recipes/results.py --check       write nothing; exit 1 if tables, or plots in docs/, are not current
-    python train_recipes/results.py --plots DIR   also draw accuracy_params.svg, accuracy_macs.svg, learning_curves.svg
+    python train_recipes/results.py --plots DIR   also draw accuracy_params.svg, accuracy_macs.svg, and the learning
+                                                  curves of each data set
 
 curves/RUN.csv holds the learning curve of a run. Nothing is written unless every row is sound.
 """
@@ -16,15 +17,16 @@ import re
 import sys
 import textwrap
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 from timm_regnet_rnn.results import (
-    CURVE,
     PLANNED_GROUPS,
     PLANNED_MODELS,
     describe,
-    read_csv,
+    differences,
+    read_curves,
     read_runs,
     row_order,
     table,
@@ -32,7 +34,7 @@ from timm_regnet_rnn.results import (
 )
 
 HOME = Path(__file__).resolve().parent
-START, END = '<!-- results: made by train_recipes/results.py from results.csv -->', '<!-- end of results -->'
+START, END = '<!-- {}: made by train_recipes/results.py from results.csv -->', '<!-- end of {} -->'
 # Family -> name in legends, marker, lines and colours of learning curves (the first elsewhere).
 STYLES = dict(
     resnet=('ResNet', 'o', ('--', ':'), ('#222222', '#8a8a8a', '#3f6c9c', '#b5b5b5')),
@@ -45,18 +47,31 @@ STYLES = dict(
 )
 
 
-def update(readme, groups):
-    """README.md's text with the tables between its markers.
-
-    Raises:
-        ValueError: The markers are not there, once each and in order.
-    """
-    match = re.fullmatch(f'(.*{re.escape(START)}).*({re.escape(END)}.*)', readme, flags=re.DOTALL)
-    if not match or readme.count(START) + readme.count(END) != 2:
-        raise ValueError(f'README lacks the markers {START} and {END}, once each')
+def sections(groups, curves):
+    """What the pages hold between their markers, by the markers' name."""
     tables = [table({group: groups.get(group, {}) for group in PLANNED_GROUPS}, PLANNED_MODELS)]
     tables += [table({group: rows}) for group, rows in groups.items() if group not in PLANNED_GROUPS]
-    return '\n\n'.join([match[1], *tables, match[2]])
+    return dict(results='\n\n'.join(tables), differences=differences(groups, curves))
+
+
+def update(page, made):
+    """A page's text with what `made` has between its markers.
+
+    Raises:
+        ValueError: It has none of the markers, or not once each and in order.
+    """
+    found = 0
+    for name, text in made.items():
+        start, end = START.format(name), END.format(name)
+        match = re.fullmatch(f'(.*{re.escape(start)}).*({re.escape(end)}.*)', page, flags=re.DOTALL)
+        count = page.count(start) + page.count(end)
+        if count and (not match or count != 2):
+            raise ValueError(f'a page lacks the markers {start} and {end}, once each')
+        if match:
+            page, found = '\n\n'.join([match[1], text, match[2]]), found + 1
+    if not found:
+        raise ValueError(f'a page has no markers such as {START.format("results")}')
+    return page
 
 
 def draw_accuracy(figure, groups, column, scale, unit):
@@ -84,15 +99,20 @@ def draw_accuracy(figure, groups, column, scale, unit):
     figure.legend(*zip(*(handles[key] for key in sorted(handles))), loc='outside lower center', ncols=2 * across + 1)
 
 
+def slug(dataset):
+    """A data set's name as part of a file's name."""
+    return re.sub(r'\W+', '_', dataset.lower()).strip('_')
+
+
 def title(group, width):
     """What a panel shows, in lines short enough for it."""
     words = f'{group[1]}, {describe(group)}'
     return '\n'.join([group[0], *textwrap.wrap(words, width, break_on_hyphens=False)])
 
 
-def draw_curves(figure, groups, folder):
-    """Loss and accuracy by epoch, and its end magnified; a strip per table, one line per run, ResNets dashed."""
-    figure.set_size_inches(13, 3.4 * len(groups) + 0.8)
+def draw_curves(figure, groups, curves):
+    """Loss and accuracy by epoch on one data set; a strip per table, seeds as thin lines, their mean a thick one."""
+    figure.set_size_inches(10, 3.6 * len(groups) + 0.8)
     strips = figure.subfigures(len(groups), 1, squeeze=False)[:, 0]
     used, styles, handles = defaultdict(int), {}, {}
     for label in sorted({label for rows in groups.values() for label in rows}, key=row_order):
@@ -101,25 +121,25 @@ def draw_curves(figure, groups, folder):
         styles[label] = dict(color=colours[i], ls=lines[turn % 2])
         used[name] += 1
     for strip, (group, rows) in zip(strips, groups.items()):
-        strip.suptitle(title(group, 150), fontsize='medium')
-        late = group[2] * 3 // 4
+        strip.suptitle(title(group, 110), fontsize='medium')
         panels = [
-            (strip.add_subplot(1, 3, 1), 'train_loss', 'training loss', 0),
-            (strip.add_subplot(1, 3, 2), 'top1', 'top-1 on the test split (%)', 0),
-            (strip.add_subplot(1, 3, 3), 'top1', f'top-1 after epoch {late} (%)', late),
+            (strip.add_subplot(1, 2, 1), 'train_loss', 'training loss'),
+            (strip.add_subplot(1, 2, 2), 'top1', 'top-1 on the test split (%)'),
         ]
-        for label, run in ((label, run) for label, runs in rows.items() for run in runs):
-            path = folder / f'{run.run}.csv'
-            curve = read_csv(path, CURVE, lambda row: {name: float(row[name]) for name in CURVE})
-            if not curve or curve[-1]['epoch'] != run.epochs:
-                raise ValueError(f'{path.name} does not end at epoch {run.epochs}')
-            for axes, column, _, first in panels:
-                x, y = zip(*((row['epoch'], row[column]) for row in curve if row['epoch'] > first))
-                (handles[' '.join(filter(None, label))],) = axes.plot(x, y, lw=1.2, alpha=0.85, **styles[label])
-        for axes, _, name, _ in panels:
+        for label, runs in rows.items():
+            for axes, column, _ in panels:
+                lines = [[row[column] for row in curves[run.run]] for run in runs]
+                epochs = range(1, group[2] + 1)
+                if len(lines) > 1:
+                    for line in lines:
+                        axes.plot(epochs, line, lw=0.6, alpha=0.45, **styles[label])
+                thick = dict(lw=2 if len(lines) > 1 else 1.2, alpha=0.9)
+                (handle,) = axes.plot(epochs, [mean(values) for values in zip(*lines)], **thick, **styles[label])
+                handles[' '.join(filter(None, label))] = handle
+        for axes, _, name in panels:
             axes.set(xlabel='epoch', ylabel=name)
             axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=4)
+    figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=3)
 
 
 def digest(results):
@@ -128,11 +148,11 @@ def digest(results):
     return hashlib.sha256(b'\0'.join(file.read_bytes() for file in files if file.exists())).hexdigest()
 
 
-def draw(groups, folder, made_from=''):
-    """The plots by file name, as bytes that depend on the runs alone; `folder` holds the learning curves.
+def draw(groups, curves, made_from=''):
+    """The plots by file name, as bytes that depend on the runs alone.
 
     Raises:
-        ValueError: There is no run, or a learning curve is not whole.
+        ValueError: There is no run.
         ImportError: matplotlib is not installed.
     """
     try:
@@ -143,10 +163,12 @@ def draw(groups, folder, made_from=''):
     if not groups:
         raise ValueError('no runs to plot')
     plots = dict(
-        learning_curves=lambda figure: draw_curves(figure, groups, folder),
         accuracy_params=lambda figure: draw_accuracy(figure, groups, 'params', 1e6, 'parameters (millions)'),
         accuracy_macs=lambda figure: draw_accuracy(figure, groups, 'macs', 1e9, 'multiply-adds (billions)'),
     )
+    for dataset in dict.fromkeys(group[0] for group in groups):
+        there = {group: rows for group, rows in groups.items() if group[0] == dataset}
+        plots[f'curves_{slug(dataset)}'] = partial(draw_curves, groups=there, curves=curves)
     files = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -171,29 +193,36 @@ def write(path, data):
         scratch.unlink(missing_ok=True)
 
 
-def main(argv=None, results=HOME / 'results.csv', readme=HOME.parent / 'README.md'):
+PAGES = (HOME.parent / 'README.md', HOME.parent / 'docs' / 'results.md')
+
+
+def main(argv=None, results=HOME / 'results.csv', pages=PAGES):
     """Exit status: 0, 1 if `--check` finds other tables than the rows give, 2 with one line for what is unsound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     action = parser.add_mutually_exclusive_group()
     action.add_argument(
-        '--check', action='store_true', help='write nothing; exit 1 if README.md or a plot in docs/ is not current'
+        '--check', action='store_true', help='write nothing; exit 1 if a page or a plot in docs/ is not current'
     )
     action.add_argument('--plots', metavar='DIR', type=Path, help='also draw the plots there')
     args = parser.parse_args(argv)
     try:
-        groups, old = read_runs(results), readme.read_text(encoding='utf-8')
-        new = update(old, groups)
+        groups = read_runs(results)
+        curves = read_curves(groups, results.parent / 'curves')
+        made = sections(groups, curves)
+        old = {page: page.read_text(encoding='utf-8') for page in pages}
+        new = {page: update(text, made) for page, text in old.items()}
         if args.check:
-            stale = ['README.md'] if new != old else []
-            plots = (readme.parent / 'docs').glob('*.svg')
+            stale = [page.name for page in pages if new[page] != old[page]]
+            plots = [*pages[0].parent.glob('docs/accuracy_*.svg'), *pages[0].parent.glob('docs/curves_*.svg')]
             stale += sorted(plot.name for plot in plots if digest(results) not in plot.read_text(encoding='utf-8'))
             if stale:
                 print(f'results: {stale[0]} is not current; run results.py --plots docs', file=sys.stderr)
             return int(bool(stale))
-        plots = draw(groups, results.parent / 'curves', digest(results)) if args.plots else {}
+        plots = draw(groups, curves, digest(results)) if args.plots else {}
         for name, data in plots.items():
             write(args.plots / name, data)
-        write(readme, new.encode())
+        for page, text in new.items():
+            write(page, text.encode())
     except (ValueError, OSError, ImportError) as e:
         print(f'results: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
