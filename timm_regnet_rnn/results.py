@@ -53,6 +53,7 @@ class Run(NamedTuple):
 
 
 COLUMNS = Run._fields[:-2]
+EARLY_EXIT = ('weights', 'images', 'last_but_two', 'last_but_one', 'last', 'cosine')
 CURVE = ('epoch', 'lr', 'train_loss', 'eval_loss', 'top1', 'top5')
 REGULATOR_KWARGS = ('regulator', 'regulated_stages', 'share_regulator', 'carry')  # a ResNet has none of them
 NUMBERS = {name: kind for name, kind in get_type_hints(Run).items() if kind in (int, float)}
@@ -244,6 +245,20 @@ def differences(groups: Groups, curves: Mapping[str, Sequence[Mapping[str, float
                 lines.append([where, name, against, spread(tops, '+'), ends, f'{mean(losses):+.3f}', seeds])
     if not lines:
         return 'No two nets share two seeds yet.'
+    return '\n'.join(f'| {" | ".join(line)} |' for line in [head, ['---'] * len(head), *lines])
+
+
+def read_exits(file: Path) -> List[Dict[str, str]]:
+    """The rows of early_exit.csv; none without the file."""
+    return read_csv(file, EARLY_EXIT, dict) if file.is_file() else []
+
+
+def early_exits(rows: Sequence[Mapping[str, str]]) -> str:
+    """Markdown table of the rows of early_exit.csv."""
+    if not rows:
+        return 'Nothing measured yet.'
+    head = ['weights', 'images', 'after the last block but two', 'last but one', 'last', 'cosine']
+    lines = [[f'`{row["weights"]}`', *(row[name] for name in EARLY_EXIT[1:])] for row in rows]
     return '\n'.join(f'| {" | ".join(line)} |' for line in [head, ['---'] * len(head), *lines])
 
 

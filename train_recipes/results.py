@@ -22,11 +22,14 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from timm_regnet_rnn.results import (
+    EARLY_EXIT,
     PLANNED_GROUPS,
     PLANNED_MODELS,
     describe,
     differences,
+    early_exits,
     read_curves,
+    read_exits,
     read_runs,
     row_order,
     table,
@@ -47,11 +50,11 @@ STYLES = dict(
 )
 
 
-def sections(groups, curves):
+def sections(groups, curves, exits):
     """What the pages hold between their markers, by the markers' name."""
     tables = [table({group: groups.get(group, {}) for group in PLANNED_GROUPS}, PLANNED_MODELS)]
     tables += [table({group: rows}) for group, rows in groups.items() if group not in PLANNED_GROUPS]
-    return dict(results='\n\n'.join(tables), differences=differences(groups, curves))
+    return dict(results='\n\n'.join(tables), differences=differences(groups, curves), exits=early_exits(exits))
 
 
 def update(page, made):
@@ -142,13 +145,27 @@ def draw_curves(figure, groups, curves):
     figure.legend(handles.values(), handles.keys(), loc='outside lower center', ncols=3)
 
 
+def draw_exits(figure, exits):
+    """Top-1 of the trained classifier behind each of the last blocks; one line per weights."""
+    figure.set_size_inches(5, 3.4)
+    axes = figure.add_subplot()
+    for row in exits:
+        colours = list(STYLES.values())[traits(row['weights'])[2]][3]
+        used = sum(line.get_color() in colours for line in axes.lines)
+        tops = [(x, float(row[name])) for x, name in enumerate(EARLY_EXIT[2:5]) if row[name]]
+        axes.plot(*zip(*tops), 'o-', ms=3, lw=1.2, color=colours[used % len(colours)], label=row['weights'])
+    axes.set_xticks(range(3), ['last but two', 'last but one', 'last'])
+    axes.set(xlabel='classifier behind block', ylabel='top-1 on the test split (%)')
+    figure.legend(loc='outside lower center', ncols=2, fontsize=7)
+
+
 def digest(results):
     """A sum over what plots are made from, which they carry so that an outdated one is found out."""
-    files = [results, *sorted((results.parent / 'curves').glob('*.csv'))]
+    files = [results, results.parent / 'early_exit.csv', *sorted((results.parent / 'curves').glob('*.csv'))]
     return hashlib.sha256(b'\0'.join(file.read_bytes() for file in files if file.exists())).hexdigest()
 
 
-def draw(groups, curves, made_from=''):
+def draw(groups, curves, made_from='', exits=()):
     """The plots by file name, as bytes that depend on the runs alone.
 
     Raises:
@@ -169,6 +186,8 @@ def draw(groups, curves, made_from=''):
     for dataset in dict.fromkeys(group[0] for group in groups):
         there = {group: rows for group, rows in groups.items() if group[0] == dataset}
         plots[f'curves_{slug(dataset)}'] = partial(draw_curves, groups=there, curves=curves)
+    if exits:
+        plots['early_exit'] = partial(draw_exits, exits=exits)
     files = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -208,17 +227,20 @@ def main(argv=None, results=HOME / 'results.csv', pages=PAGES):
     try:
         groups = read_runs(results)
         curves = read_curves(groups, results.parent / 'curves')
-        made = sections(groups, curves)
+        exits = read_exits(results.parent / 'early_exit.csv')
+        made = sections(groups, curves, exits)
         old = {page: page.read_text(encoding='utf-8') for page in pages}
         new = {page: update(text, made) for page, text in old.items()}
         if args.check:
             stale = [page.name for page in pages if new[page] != old[page]]
-            plots = [*pages[0].parent.glob('docs/accuracy_*.svg'), *pages[0].parent.glob('docs/curves_*.svg')]
-            stale += sorted(plot.name for plot in plots if digest(results) not in plot.read_text(encoding='utf-8'))
+            made = [
+                plot for name in ('accuracy', 'curves', 'early') for plot in pages[0].parent.glob(f'docs/{name}_*.svg')
+            ]
+            stale += sorted(plot.name for plot in made if digest(results) not in plot.read_text(encoding='utf-8'))
             if stale:
                 print(f'results: {stale[0]} is not current; run results.py --plots docs', file=sys.stderr)
             return int(bool(stale))
-        plots = draw(groups, curves, digest(results)) if args.plots else {}
+        plots = draw(groups, curves, digest(results), exits) if args.plots else {}
         for name, data in plots.items():
             write(args.plots / name, data)
         for page, text in new.items():
