@@ -13,13 +13,15 @@ from conftest import scaled_error
 from torch import library as torch_library
 from torch.utils.checkpoint import checkpoint
 
-from timm_regnet_rnn.ops import fused_cuda, reference
+from timm_regnet_rnn.ops import fused, fused_cuda, reference
 
 triton = pytest.importorskip('triton')
 
 NCHW, CL = torch.contiguous_format, torch.channels_last
 NAMES = {'conv_rnn': 1, 'conv_gru': 3, 'conv_lstm': 4}
 DEVICE = 'cpu' if os.environ.get('TRITON_INTERPRET') == '1' else 'cuda'
+if DEVICE == 'cpu':  # in the process that interprets, tensors of the CPU go to Triton's kernels
+    fused.KERNELS['cpu'] = 'fused_cuda'
 
 
 def run_checks(name, **env):
@@ -83,13 +85,14 @@ def test_compiled_for_hopper(name, layout, tmp_path, monkeypatch):
 
 
 def test_tensors_of_the_cpu_are_refused():
+    tensors = torch.ones(1, 1, 2, 2), None, None, torch.ones(1, 1, 2, 3, 3), torch.ones(1, 1)
     with pytest.raises(ValueError, match='one CUDA device'):
-        fused_cuda.STEPS['conv_rnn'](torch.ones(1, 1, 2, 2), None, None, torch.ones(1, 1, 2, 3, 3), torch.ones(1, 1))
+        fused_cuda.forward('conv_rnn', *tensors, None, None)
 
 
 def test_without_triton():
     script = 'import sys; sys.modules["triton"] = None; from timm_regnet_rnn.ops import fused_cuda as op; '
-    script += 'print(op.UNAVAILABLE)'
+    script += 'print(op.unavailable())'
     done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
     assert done.stdout.strip() == 'Triton is not installed', done.stderr
 
@@ -123,7 +126,7 @@ def run(step, tensors, name):
 def compare(name, tensors, step=None):
     """The fused step against the float64 reference of the same rounded inputs; returns what the step gave."""
     twins = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-    got = run(step or fused_cuda.STEPS[name], tensors, name)
+    got = run(step or fused.STEPS[name], tensors, name)
     want = run(getattr(reference, f'{name}_step'), twins, name)
     assert len(got) == len(want)
     tolerance = max(1e-5, 2 * torch.finfo(tensors[0].dtype).eps)
@@ -167,10 +170,10 @@ def check_autocast(name):
     """States are cast to autocast's type, weights are not, and every gradient has its tensor's type."""
     tensors = inputs(name, (1, 2, 1, 3))
     with torch.autocast(DEVICE, torch.bfloat16):
-        got = run(fused_cuda.STEPS[name], tensors, name)
+        got = run(fused.STEPS[name], tensors, name)
     rounded = [None if t is None else t.detach() for t in tensors]
     rounded = [None if t is None else t.bfloat16() if t.ndim == 4 else t for t in rounded]
-    want = run(fused_cuda.STEPS[name], [None if t is None else t.requires_grad_() for t in rounded], name)
+    want = run(fused.STEPS[name], [None if t is None else t.requires_grad_() for t in rounded], name)
     assert got[0].dtype == torch.bfloat16 and got[-1].dtype == torch.float32 == got[-2].dtype
     assert all(torch.equal(g, w.to(g.dtype)) for g, w in zip(got, want))
 
@@ -191,14 +194,14 @@ def check_sums_over_many_strips(name, monkeypatch):
     """Fewer programs than strips: each sums over several, the last over fewer; twice the same to the last bit."""
     monkeypatch.setattr(fused_cuda, 'WARPS', 2 * NAMES[name])
     tensors = inputs(name, (3, 2, 1, 3))
-    assert all(map(torch.equal, compare(name, tensors), run(fused_cuda.STEPS[name], tensors, name)))
+    assert all(map(torch.equal, compare(name, tensors), run(fused.STEPS[name], tensors, name)))
 
 
 @pytest.mark.parametrize('name', NAMES)
 def check_saturated_gates_stay_finite(name):
     """Pre-activations far beyond where an exponential of a float overflows."""
     tensors = [None if t is None else (t * 1e4).detach().requires_grad_() for t in inputs(name, (1, 2, 1, 3))]
-    got = run(fused_cuda.STEPS[name], tensors, name)
+    got = run(fused.STEPS[name], tensors, name)
     want, _ = getattr(reference, f'{name}_step')(*(None if t is None else t.double() for t in tensors))
     assert all(g.isfinite().all() for g in got) and scaled_error(got[0].double(), want) < 1e-5
 
@@ -206,9 +209,9 @@ def check_saturated_gates_stay_finite(name):
 @pytest.mark.parametrize('name', ['conv_rnn', 'conv_lstm'])
 def check_torch_knows_the_op(name):
     """Schema, autograd and fake kernel by torch's own check; checkpoints; one graph of torch.compile."""
-    tensors, step = inputs(name, (1, 2, 1, 2), layout=CL), fused_cuda.STEPS[name]
+    tensors, step = inputs(name, (1, 2, 1, 2), layout=CL), fused.STEPS[name]
     utils = ('test_schema', 'test_autograd_registration', 'test_faketensor')
-    torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, f'cuda_{name}').default, tuple(tensors), test_utils=utils)
+    torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, name).default, (*tensors, None, None), test_utils=utils)
     want = run(step, tensors, name)
     for other in (
         lambda *t: checkpoint(step, *t, use_reentrant=False),
@@ -230,10 +233,10 @@ def check_wrong_shapes_and_types_are_refused(name):
         (3, good[3].half()),
     ):
         with pytest.raises(ValueError, match='must be|takes'):
-            fused_cuda.STEPS[name](*good[:i], bad, *good[i + 1 :])
+            fused.STEPS[name](*good[:i], bad, *good[i + 1 :])
 
 
 @pytest.mark.parametrize('name', NAMES)
 def check_an_empty_batch(name):
-    got = run(fused_cuda.STEPS[name], inputs(name, (0, 2, 3, 3)), name)
+    got = run(fused.STEPS[name], inputs(name, (0, 2, 3, 3)), name)
     assert got[0].shape == (0, 2, 3, 3) and not got[-1].any() and not got[-2].any()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -16,7 +17,7 @@ from torch import library as torch_library
 
 from timm_regnet_rnn import ops
 from timm_regnet_rnn.conv_rnn import CELLS
-from timm_regnet_rnn.ops import fused_cpu, reference
+from timm_regnet_rnn.ops import fused, reference
 
 CL = torch.channels_last
 NAMES = {'conv_rnn': 1, 'conv_gru': 3, 'conv_lstm': 4}
@@ -26,7 +27,7 @@ needs_compiler = pytest.mark.skipif(not shutil.which('g++'), reason='the fused C
 @pytest.fixture(autouse=True)
 def rule():
     """Each test starts with the rule itself, whatever the environment says."""
-    before = ops._ops
+    before = ops.chosen_ops()
     ops.set_ops('')
     yield
     ops.set_ops(before)
@@ -50,12 +51,22 @@ def run(step, tensors, only_h=False):
     return [h, c], torch.autograd.grad(loss, [t for t in tensors if t is not None])
 
 
+def specified(name):
+    """The reference's step, with the norm that a fused op can end in."""
+
+    def step(x, h, c, weight, bias, scale=None, shift=None):
+        h, c = getattr(reference, f'{name}_step')(x, h, c, weight, bias)
+        return reference.affine_relu(h, scale, shift), c
+
+    return step
+
+
 def check(name, tensors, step=None):
     """The fused step against the float64 reference; c counts where the cell has one."""
     only_h = NAMES[name] < 4
     twins = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
-    outs, grads = run(step or fused_cpu.STEPS[name], tensors, only_h)
-    true_outs, true_grads = run(getattr(reference, f'{name}_step'), twins, only_h)
+    outs, grads = run(step or fused.STEPS[name], tensors, only_h)
+    true_outs, true_grads = run(specified(name), twins, only_h)
     assert len(grads) == len(true_grads)
     for got, want in zip([*outs[: 1 + (not only_h)], *grads], [*true_outs[: 1 + (not only_h)], *true_grads]):
         assert got.shape == want.shape and scaled_error(got.double(), want) < 1e-5
@@ -119,7 +130,7 @@ def test_other_layouts_and_views(name):
 def test_saturated_gates_stay_finite(name):
     """Pre-activations far beyond where an exponential of a float overflows."""
     tensors = [None if t is None else (t * 1e4).detach().requires_grad_() for t in inputs(name, (1, 16, 4, 4), True)]
-    outs, grads = run(fused_cpu.STEPS[name], tensors, only_h=NAMES[name] < 4)
+    outs, grads = run(fused.STEPS[name], tensors, only_h=NAMES[name] < 4)
     assert all(t.isfinite().all() for t in (outs[0], *grads))
     want, _ = getattr(reference, f'{name}_step')(*(None if t is None else t.double() for t in tensors))
     assert scaled_error(outs[0].double(), want) < 1e-5
@@ -158,7 +169,7 @@ def test_other_types_and_layouts(name, how, layout):
         tensors[:kept] = [t if t is None else t.detach().bfloat16().requires_grad_() for t in tensors[:kept]]
     only_h = NAMES[name] < 4
     with torch.autocast('cpu', torch.bfloat16, enabled=how == 'autocast'):
-        outs, grads = run(fused_cpu.STEPS[name], tensors, only_h)
+        outs, grads = run(fused.STEPS[name], tensors, only_h)
     twins = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     true_outs, true_grads = run(getattr(reference, f'{name}_step'), twins, only_h)
     assert outs[0].dtype == tensors[0].dtype and outs[0].is_contiguous(memory_format=layout)
@@ -190,8 +201,8 @@ def test_batch_norm_relu(shape, threads):
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        check_norm(torch.randn(shape).contiguous(memory_format=CL), fused_cpu.batch_norm_relu)
-        check_norm(torch.randn(shape), fused_cpu.batch_norm_relu)
+        check_norm(torch.randn(shape).contiguous(memory_format=CL), fused.batch_norm_relu)
+        check_norm(torch.randn(shape), fused.batch_norm_relu)
     finally:
         torch.set_num_threads(before)
 
@@ -204,15 +215,15 @@ def test_batch_norm_relu_is_torchs():
     want = torch.relu(torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True))
     torch.testing.assert_close(reference.batch_norm_relu(x, weight, bias, 1e-5)[0], want)
     far = (1000 + torch.randn(8, 16, 9, 9)).contiguous(memory_format=CL)
-    _, mean, var = fused_cpu.batch_norm_relu(far, torch.ones(16), torch.zeros(16), 1e-5)
+    _, mean, var = fused.batch_norm_relu(far, torch.ones(16), torch.zeros(16), 1e-5)
     torch.testing.assert_close(mean, far.double().mean((0, 2, 3)).float())
     torch.testing.assert_close(var, far.double().var((0, 2, 3), correction=0).float(), rtol=1e-4, atol=0)
     tensors = far.requires_grad_(), torch.ones(16, requires_grad=True), torch.zeros(16, requires_grad=True)
     torch_library.opcheck(torch.ops.timm_regnet_rnn.batch_norm_relu.default, (*tensors, 1e-5))
     with pytest.raises(ValueError, match='N a multiple of 16'):
-        fused_cpu.batch_norm_relu(far, torch.ones(8), torch.ones(8), 1e-5)
+        fused.batch_norm_relu(far, torch.ones(8), torch.ones(8), 1e-5)
     with pytest.raises(ValueError, match='takes float32'):
-        fused_cpu.batch_norm_relu(far.double(), torch.ones(16), torch.ones(16), 1e-5)
+        fused.batch_norm_relu(far.double(), torch.ones(16), torch.ones(16), 1e-5)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -237,7 +248,7 @@ def test_wrong_shapes_and_types_are_refused(name):
         (3, good[3].half()),
     ):
         with pytest.raises(ValueError, match='must be|takes float32'):
-            fused_cpu.STEPS[name](*good[:i], bad, *good[i + 1 :])
+            fused.STEPS[name](*good[:i], bad, *good[i + 1 :])
 
 
 class Chosen:
@@ -245,8 +256,8 @@ class Chosen:
 
     def __init__(self, monkeypatch):
         self.calls = 0
-        for name, step in fused_cpu.STEPS.items():
-            monkeypatch.setitem(fused_cpu.STEPS, name, self.counting(step))
+        for name, step in fused.STEPS.items():
+            monkeypatch.setitem(fused.STEPS, name, self.counting(step))
 
     def counting(self, step):
         def counted(*args):
@@ -312,20 +323,20 @@ def test_a_training_step_is_the_same(cell):
 def count_norms(monkeypatch):
     """Counts the calls of what stands for a norm: the op in training, and a step's scale in eval mode."""
     calls = {'training': 0, 'eval': 0}
-    norm = fused_cpu.batch_norm_relu
+    norm = fused.batch_norm_relu
 
     def counted(*args):
         calls['training'] += 1
         return norm(*args)
 
-    monkeypatch.setattr(fused_cpu, 'batch_norm_relu', counted)
-    for name, step in list(fused_cpu.STEPS.items()):
+    monkeypatch.setattr(fused, 'batch_norm_relu', counted)
+    for name, step in list(fused.STEPS.items()):
 
         def counted_step(x, h, c, weight, bias, scale=None, shift=None, step=step):
             calls['eval'] += scale is not None
             return step(x, h, c, weight, bias, scale, shift)
 
-        monkeypatch.setitem(fused_cpu.STEPS, name, counted_step)
+        monkeypatch.setitem(fused.STEPS, name, counted_step)
     return calls
 
 
@@ -450,18 +461,34 @@ def in_process(tmp_path, **env):
 @needs_compiler
 def test_compiled_once_and_kept(tmp_path):
     assert in_process(tmp_path).returncode == 0
-    (library,) = (tmp_path / 'timm_regnet_rnn').iterdir()
+    library, summed = sorted((tmp_path / 'timm_regnet_rnn').iterdir(), reverse=True)
+    assert summed.suffix == '.sha256'
     made = library.stat().st_mtime_ns
     assert in_process(tmp_path, CXX='g++').returncode == 0 and library.stat().st_mtime_ns == made
+    whole = library.read_bytes()
+    for broken in (b'', whole[: len(whole) // 3], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
+        library.write_bytes(broken)
+        done = in_process(tmp_path)
+        assert done.returncode == 0 and 'is damaged: compiled again' in done.stderr
+        assert library.read_bytes() == whole or len(library.read_bytes()) == len(whole)
+    summed.unlink()
+    assert 'is damaged' in in_process(tmp_path).stderr and summed.is_file()
+    library.parent.chmod(0o777)  # where anybody could plant a library
+    kept = library.stat().st_mtime_ns
+    done = in_process(tmp_path)
+    assert done.returncode == 0 and 'others can write to it: the CPU kernels are not kept' in done.stderr
+    assert library.stat().st_mtime_ns == kept
 
 
 def test_without_a_compiler(tmp_path):
     done = in_process(tmp_path, CXX='no-such-compiler')
     assert done.returncode == 0, done.stderr
+    assert done.stderr.count('\n') == 1 and 'three times slower' in done.stderr
     done = in_process(tmp_path, CXX='no-such-compiler', TIMM_REGNET_RNN_OPS='fused')
     assert done.returncode == 1 and 'there is no fused op here: ' in done.stderr.splitlines()[-1]
     done = in_process(tmp_path, TIMM_REGNET_RNN_OPS='quick')
-    assert "must be one of '', 'reference', 'fused'; got 'quick'" in done.stderr
+    assert done.returncode == 0 and done.stderr.count('\n') == 1
+    assert "TIMM_REGNET_RNN_OPS=quick is none of '', 'reference', 'fused': the default is taken" in done.stderr
 
 
 @needs_compiler
@@ -476,7 +503,7 @@ def test_autograd_keeps_the_inputs_and_nothing_else(name):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        fused_cpu.STEPS[name](*tensors)
+        fused.STEPS[name](*tensors)
         assert kept == given
         getattr(reference, f'{name}_step')(*tensors)
         assert kept > given, 'which the reference does not do'
@@ -488,6 +515,205 @@ def test_what_is_not_a_number_stays_so(name):
     """A diverged net must look diverged."""
     tensors = [None if t is None else t.detach() for t in inputs(name, (1, 16, 3, 5), True)]
     tensors[0][0, 3, 1, 2] = float('nan')
-    got, _ = fused_cpu.STEPS[name](*tensors)
+    got, _ = fused.STEPS[name](*tensors)
     want, _ = getattr(reference, f'{name}_step')(*tensors)
     assert torch.equal(got.isnan(), want.isnan()) and got.isnan().any()
+
+
+@needs_compiler
+def test_without_openmp(tmp_path):
+    """As Apple's clang has none: one thread, said once, the same numbers."""
+    compiler = tmp_path / 'c++'
+    compiler.write_text('#!/bin/sh\nfor a in "$@"; do test "$a" = -fopenmp && exit 1; done\nexec g++ "$@"\n')
+    compiler.chmod(0o755)
+    done = in_process(tmp_path, CXX=str(compiler))
+    assert done.returncode == 0 and 'has no OpenMP: the regulators of a net run on one thread' in done.stderr
+
+
+def test_nothing_is_compiled_before_it_is_needed(tmp_path):
+    """Importing, creating and saving a net, and asking for the command's help."""
+    script = 'import timm, timm_regnet_rnn.training; timm.create_model("regnet_convlstm_20").state_dict()'
+    env = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path)}
+    subprocess.run([sys.executable, '-c', script], check=True, env=env)
+    assert not list(tmp_path.iterdir())
+
+
+# Transforms: every mode of differentiation gives the reference's numbers.
+
+
+def net_and_image():
+    net = randomize(timm.create_model('regnet_convlstm_20', layers=(1, 1, 1), num_classes=3)).to(memory_format=CL)
+    return net, torch.randn(2, 3, 8, 8).contiguous(memory_format=CL)
+
+
+def directional(function, x, v, eps=1e-3):
+    return (function(x + eps * v) - function(x - eps * v)) / (2 * eps)
+
+
+@needs_compiler
+@pytest.mark.parametrize('cell', NAMES)
+@pytest.mark.parametrize('training', [False, True])
+def test_forward_mode(cell, training):
+    """torch.func.jvp and a dual level against finite differences of the net in double precision."""
+    net, x = net_and_image()
+    net = randomize(timm.create_model(f'regnet_{cell.replace("_", "")}_20', layers=(2, 1, 1), num_classes=3))
+    net = net.to(memory_format=CL).train(training)
+    for norm in (m for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)):
+        norm.track_running_stats, norm.running_mean, norm.running_var = training, None, None  # functional
+        norm.momentum, norm.num_batches_tracked = None, None
+    v = torch.randn_like(x)
+    twin = copy.deepcopy(net).double()
+    want = torch.func.jvp(twin, (x.double(),), (v.double(),))[1]
+    assert scaled_error(directional(twin, x.double(), v.double(), 1e-7), want) < 1e-4
+    assert scaled_error(torch.func.jvp(net, (x,), (v,))[1], want) < 1e-3
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        assert scaled_error(torch.autograd.forward_ad.unpack_dual(net(dual)).tangent, want) < 1e-3
+
+
+@needs_compiler
+@pytest.mark.parametrize('training', [False, True])
+def test_double_backward(training):
+    """A gradient penalty, and a Hessian-vector product: the reference's, to the last digits."""
+    net, x = net_and_image()
+    net.train(training)
+    x.requires_grad_()
+    found = []
+    for name in ('', 'reference'):
+        with ops.use(name):
+            net.zero_grad()
+            (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+            grad.square().sum().backward()
+            weights = torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
+            product = torch.autograd.functional.hvp(lambda x: net(x).square().sum(), x.detach(), torch.ones_like(x))[1]
+            found.append((grad.detach(), weights, product))
+    for ours, theirs in zip(*found):
+        assert scaled_error(ours, theirs) < 1e-3
+
+
+@needs_compiler
+def test_vmap_and_per_sample_gradients():
+    net, x = net_and_image()
+    net.eval()
+    parameters = {name: p.detach() for name, p in net.named_parameters()}
+
+    def loss(parameters, image):
+        return torch.func.functional_call(net, parameters, (image[None],)).square().sum()
+
+    got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i, image in enumerate(x):
+        net.zero_grad()
+        net(image[None]).square().sum().backward()
+        for name, p in net.named_parameters():
+            torch.testing.assert_close(got[name][i], p.grad, rtol=1e-3, atol=1e-4)
+    rows = torch.func.jacrev(lambda x: net(x[None])[0])(x[0])
+    columns = torch.func.jacfwd(lambda x: net(x[None])[0])(x[0])
+    torch.testing.assert_close(rows, columns, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(lambda x: net(x[None])[0])(x), net(x), rtol=1e-3, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_another_device_is_an_error(name):
+    """In the step and in the op itself: never memory that nobody wrote."""
+    good = [None if t is None else t.detach() for t in inputs(name, (2, 16, 4, 4), True)]
+    for i, t in enumerate(good):
+        if t is not None:
+            bad = [*good[:i], t.to('meta'), *good[i + 1 :]]
+            with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match='device'):
+                getattr(torch.ops.timm_regnet_rnn, name)(*bad, None, None)
+            if i:
+                with torch.no_grad(), pytest.raises(RuntimeError, match='device'):
+                    getattr(ops, f'{name}_step')(*bad)
+
+
+FAR = [float('inf'), -float('inf'), float('nan'), 1e38, -1e38, 3e9, 0.0]
+
+
+@needs_compiler
+@given(
+    name=st.sampled_from(list(NAMES)),
+    values=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 10**6), st.sampled_from(FAR)), min_size=1, max_size=4),
+    state=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_values_that_are_not_finite_or_huge(name, values, state, seed):
+    """Outputs and gradients are finite where the reference's are, and equal there."""
+    tensors = inputs(name, (1, 16, 3, 4), state, seed=seed)
+    with torch.no_grad():
+        for which, place, value in values:
+            t = tensors[which % 5]
+            if t is not None:
+                t[np.unravel_index(place % t.numel(), t.shape)] = value
+            elif tensors[0] is not None:
+                tensors[0][0, place % 16, 0, 0] = value
+    with ops.use('reference'):
+        want = run(getattr(ops, f'{name}_step'), tensors, NAMES[name] < 4)
+    with ops.use('fused'):
+        got = run(getattr(ops, f'{name}_step'), tensors, NAMES[name] < 4)
+    for ours, theirs in zip([*got[0], *got[1]], [*want[0], *want[1]]):
+        if theirs is not None:
+            torch.testing.assert_close(
+                ours, theirs, rtol=1e-4, atol=1e-4 * max(1.0, finite_scale(theirs)), equal_nan=True
+            )
+
+
+def finite_scale(t):
+    return t[t.isfinite()].abs().max().item() if t.isfinite().any() else 0.0
+
+
+@needs_compiler
+@pytest.mark.parametrize('value', FAR[:5])
+def test_norm_of_values_that_are_not_finite_or_huge(value):
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=CL)
+    x[0, 3, 1, 1] = value
+    weight, bias = torch.rand(16), torch.randn(16)
+    y, mean, _ = fused.batch_norm_relu(x, weight, bias, 1e-5)
+    want = torch.relu(torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True))
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize('shape', [(0, 16, 4, 4), (1, 16, 0, 8), (0, 16, 0, 0), (2, 16, 3, 0)])
+@pytest.mark.parametrize('name', NAMES)
+def test_nothing_in_nothing_out(name, shape):
+    for state in (False, True):
+        for choice in ('', 'reference', 'fused'):
+            with ops.use(choice):
+                h, c = getattr(ops, f'{name}_step')(*inputs(name, shape, state))
+            assert h.shape == shape and (name != 'conv_lstm' or c.shape == shape)
+            h.sum().backward()
+
+
+@needs_compiler
+def test_out_of_memory_is_an_exception():
+    """A map that fits no memory: torch's own error, and the process lives."""
+    script = 'import resource, torch; from timm_regnet_rnn import ops; '
+    script += 'x = torch.zeros(1, 16, 4000, 4000).contiguous(memory_format=torch.channels_last); '
+    script += 'w = torch.zeros(3, 16, 2, 3, 3); b = torch.zeros(3, 16); torch.set_num_threads(4); '
+    script += 'ops.conv_gru_step(x[:, :, :9, :9], None, None, w, b); '
+    script += 'size = int(open("/proc/self/statm").read().split()[0]) * 4096; '
+    script += 'resource.setrlimit(resource.RLIMIT_AS, (size + (2 << 30), -1)); '
+    script += 'ops.conv_gru_step(x, x, None, w, b)'
+    done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True)
+    assert done.returncode == 1 and "can't allocate memory" in done.stderr.splitlines()[-1], done.stderr
+
+
+@needs_compiler
+def test_saved_programs_need_no_package_of_ours(tmp_path):
+    """A trace and an exported program load and run in a process that never heard of us; ours in one is opt-in."""
+    net, x = net_and_image()
+    net.eval()
+    with torch.no_grad():
+        want = net(x)
+        torch.jit.trace(net, x).save(tmp_path / 'net.pt')
+        torch.export.save(torch.export.export(net, (x,)), tmp_path / 'net.pt2')
+        torch.save((x, want), tmp_path / 'want.pt')
+        with ops.use('fused'):
+            assert 'timm_regnet_rnn' in str(torch.export.export(net, (x,)).graph)
+    script = 'import sys, torch; x, want = torch.load("want.pt"); '
+    script += 'torch.testing.assert_close(torch.jit.load("net.pt")(x), want, rtol=1e-3, atol=1e-3); '
+    script += 'torch.testing.assert_close(torch.export.load("net.pt2").module()(x), want, rtol=1e-3, atol=1e-3); '
+    script += 'assert "timm_regnet_rnn" not in sys.modules'
+    subprocess.run([sys.executable, '-c', script], check=True, cwd=tmp_path)

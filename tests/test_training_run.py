@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -19,6 +20,7 @@ from timm_regnet_rnn import results
 from timm_regnet_rnn.training import record
 from timm_regnet_rnn.training import run as training
 from timm_regnet_rnn.training.recipe import train_options
+from timm_regnet_rnn.training.train_py import TIMM_URL, find_train_py, machine_flags
 
 STAND_IN = Path(__file__).parent / 'stand_in'
 RECIPES = Path(__file__).parent.parent / 'train_recipes'
@@ -67,7 +69,7 @@ def test_a_run_ends_with_its_row(capsys, argv, tmp_path, data):
     assert status == 0, err
     (row,) = rows(tmp_path / 'results.csv')
     assert tuple(row) == results.COLUMNS
-    assert row['run'] == 'regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-cifar10_jpeg75-e3-s7'
+    assert row['run'] == 'regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-cifar10_jpeg75-e3-batch-size-4-s7'
     assert (row['model'], row['model_kwargs']) == ('regnet_convrnn_20', 'layers=(1,1,1) carry=raw')
     assert (row['recipe'], row['overrides']) == ('cifar_paper', '--batch-size 4 --epochs 3')
     assert row['dataset'] == 'CIFAR-10, JPEG q75 mirror'
@@ -122,13 +124,17 @@ def test_dry_run_prints_the_command(capsys, recorded, argv, tmp_path, monkeypatc
     for pair in ('--model regnet_convrnn_20', '--channels-last', '--device cpu', f'--output {tmp_path}', '--seed 7'):
         assert pair in out
     assert '--amp' not in words and '--timm-dir' not in words
-    out = call(capsys, *argv, '--nproc', '3', '--dry-run')[1]
-    assert '-m torch.distributed.run --standalone --nproc_per_node 3 -m timm_regnet_rnn run' in out
+    out = call(capsys, *argv, '--nproc', '2', '--dry-run')[1]
+    assert '-m torch.distributed.run --standalone --nproc_per_node 2 -m timm_regnet_rnn run' in out
+    assert '--batch-size 4 ' in out and out.index('--batch-size 2') > out.index('--batch-size 4'), 'the last one counts'
     assert '--device-modules timm_regnet_rnn timm_regnet_rnn.training.cpu_ddp' in out
     monkeypatch.chdir(tmp_path)
     where = argv.index('--output')
     out = call(capsys, *argv[:where], *argv[where + 2 :], '--dry-run')[1]
-    assert '--output output --experiment regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-data-e3-s7' in out
+    assert (
+        '--output output --experiment regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-data-e3-batch-size-4-s7'
+        in out
+    )
 
 
 @pytest.mark.parametrize(
@@ -145,16 +151,83 @@ def test_dry_run_prints_the_command(capsys, recorded, argv, tmp_path, monkeypatc
 def test_flags_for_the_machine(monkeypatch, cuda, given, flags):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: True)
-    assert ' '.join(training.machine_flags(given, given)) == flags
+    assert ' '.join(machine_flags(given, given)) == flags
 
 
 def test_a_folder_takes_one_run_at_a_time(capsys, recorded, argv, tmp_path):
-    import fcntl
-
     (tmp_path / 'run').mkdir()
-    with (tmp_path / 'run' / '.lock').open('w') as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(tmp_path / 'run' / '.lock'):
         assert 'a run is under way' in refused(capsys, *argv)
+
+
+def nest(tmp_path):
+    for folder in (tmp_path / 'data').glob('*/*'):
+        for i, file in enumerate(sorted(folder.iterdir())):
+            (folder / ('indoor', 'outdoor')[i % 2]).mkdir(exist_ok=True)
+            shutil.move(file, folder / ('indoor', 'outdoor')[i % 2])
+
+
+@pytest.mark.parametrize('text', [b'a,b\n1,2\n', 'ü,'.encode('latin-1'), b'run,date\n"', b'\0'])
+def test_damaged_results_are_said_before_training(capsys, recorded, argv, tmp_path, text):
+    (tmp_path / 'results.csv').write_bytes(text)
+    assert 'results.csv' in refused(capsys, *argv)
+    assert (tmp_path / 'results.csv').read_bytes() == text and not (tmp_path / 'run').exists()
+
+
+def test_empty_folders_are_no_classes(capsys, recorded, argv, data):
+    (data / 'train' / '.ipynb_checkpoints').mkdir()
+    assert call(capsys, *argv, '--dry-run')[0] == 0
+
+
+def test_a_failed_start_leaves_the_folder_free(capsys, argv, tmp_path):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'args.yaml').write_text('batch_size: 9000\n')  # all that a start without an epoch leaves
+    status, _, err = call(capsys, *argv)
+    assert status == 0, err
+    assert 'holds a run with batch_size 4' in refused(capsys, *argv, '--batch-size', '2')
+
+
+@pytest.mark.parametrize(
+    'file, text, words',
+    [
+        ('args.yaml', 'a: [', 'is damaged'),
+        ('args.yaml', '!!python/object/apply:os.system [ls]', 'is damaged'),
+        ('args.yaml', '\0', 'is damaged'),
+        ('args.yaml', 'text', 'is damaged'),
+        ('result.json', '{"run": ', 'is damaged'),
+        ('result.json', '{"run": "x"}', 'it lacks a key'),
+        ('summary.csv', '', 'has no epoch'),
+        ('summary.csv', 'epoch,train_loss\n0,1\n', 'needs epoch, lr and train_loss'),
+    ],
+)
+def test_damaged_folders(capsys, argv, tmp_path, file, text, words):
+    assert call(capsys, *argv)[0] == 0
+    if file == 'summary.csv':
+        (tmp_path / 'run' / 'result.json').unlink()
+    (tmp_path / 'run' / file).write_text(text)
+    before = (tmp_path / 'results.csv').read_bytes()
+    status, _, err = call(capsys, *argv)
+    assert status == 2 and words in err and err.count('\n') == 1
+    assert (tmp_path / 'results.csv').read_bytes() == before
+
+
+def test_averaged_weights_are_said_to_lag(capsys, recorded, argv):
+    status, _, err = call(capsys, *argv, '--model-ema', '--dry-run')
+    assert status == 0 and '6 updates are few for averaged weights of decay 0.9998, which remember 5000' in err
+    assert 'updates' not in call(capsys, *argv, '--model-ema', '--model-ema-decay', '0.4', '--dry-run')[2]
+    log = 'Test: [   1/1]  Acc@1:  50.000 ( 48.000)\nTest: [   1/1]  Acc@1:  80.000 ( 72.000)  Acc@5: 99 (99)\n'
+    log += 'Test (EMA): [   1/1]  Acc@1:  20.000 ( 20.000)\n'
+    folder = Path(argv[argv.index('--output') + 1])
+    folder.mkdir()
+    (folder / 'train.log').write_text(log)
+    assert record.live_accuracy(folder) == 72.0
+
+
+def test_other_processes_are_another_table():
+    text = dict(zip(results.COLUMNS, ['r', 'd', 'regnet_convlstm_20', '', 'cifar_paper', '', 'CIFAR-10'] + ['1'] * 6))
+    text.update(top1='1', top5='1', weights='last', best_epoch='1', best_top1='1', images_per_s='', processes='1')
+    text.update(device='', versions='', commit='')
+    assert results.parse(text).group != results.parse({**text, 'processes': '2'}).group
 
 
 def write_recipe(tmp_path, text):
@@ -169,7 +242,7 @@ BAD = {
     'text for a number': (lambda t: ['train', write_recipe(t, 'min_lr: 5e-4\n')], 'min_lr: '),
     'no data': (lambda t: ['--data-dir', t / 'none'], 'no data folder'),
     'no split': (lambda t: shutil.move(t / 'data/test', t / 'data/dev'), "no folder 'test' in"),
-    'empty class': (lambda t: [f.unlink() for f in (t / 'data/train/dog').iterdir()], 'no image in'),
+    'empty class': (lambda t: [f.unlink() for f in (t / 'data/train/dog').iterdir()], 'hold different classes'),
     'other classes': (lambda t: shutil.move(t / 'data/test/dog', t / 'data/test/fox'), 'hold different classes'),
     'too few classes': (lambda t: ['--num-classes', '10'], 'the data have 2 classes, the recipe 10'),
     'no border': (
@@ -183,6 +256,27 @@ BAD = {
     'no number': (lambda t: ['--lr', 'high'], "invalid float value: 'high'"),
     'our own flag': (lambda t: ['--resume', 'x'], '--resume is set by this command'),
     'no train.py': (lambda t: ['--timm-dir', t], 'holds no train.py'),
+    'nested folders': (lambda t: nest(t), "timm would take 'indoor' for its class"),
+    'stray image': (
+        lambda t: shutil.copy(t / 'data/train/cat/0.png', t / 'data/train/x.png'),
+        'beside the class folders',
+    ),
+    'batch beyond the data': (lambda t: ['--batch-size', '9000'], 'a batch of 9000 out of 8 training images'),
+    'batch that cannot be shared': (lambda t: ['--nproc', '3'], 'the batch of 4 is that of all processes together'),
+    'no such device': (lambda t: ['--device', 'cuda'], "there is no device 'cuda' here; there is cpu"),
+    'negative rate': (lambda t: ['--lr', '-1'], '--lr must be above 0, got -1.0'),
+    'no area': (lambda t: ['--scale', '0', '0'], '--scale must be two shares of the area'),
+    'a net for large images': (
+        lambda t: ['--model', 'resnet18', '--model-kwargs', 'drop_rate=0'],
+        'leaves a single pixel',
+    ),
+    'no activation': (lambda t: ['--model-kwargs', 'act_layer=foo'], 'cannot build'),
+    'no norm': (lambda t: ['--model-kwargs', 'norm_layer=foo'], 'cannot build'),
+    'no pooling': (lambda t: ['--model-kwargs', 'global_pool=foo'], 'cannot build'),
+    'no torch data set': (lambda t: ['--dataset', 'torch/nope'], "timm knows no data set 'torch/nope'"),
+    'results no file': (lambda t: ['--results', '/dev/full'], 'is no regular file'),
+    'curves no folder': (lambda t: (t / 'curves').write_text(''), 'is no folder'),
+    'damaged prepared.json': (lambda t: (t / 'data/prepared.json').write_text('{'), 'does not say which data set'),
     'no process': (lambda t: ['--nproc', '0'], '--nproc must be at least 1'),
     'repeated augmentation': (lambda t: ['--aug-repeats', '3'], 'over several processes only'),
     'no results folder': (lambda t: ['--results', t / 'none' / 'results.csv'], 'give a file by --results'),
@@ -200,7 +294,7 @@ def test_bad_input_is_one_line_before_anything_runs(capsys, recorded, argv, tmp_
 
 
 def test_a_full_disk_is_told_before(capsys, recorded, argv, monkeypatch):
-    monkeypatch.setattr(training.shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
+    monkeypatch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
     assert 'has 1 MB free, the checkpoints take' in refused(capsys, *argv)
 
 
@@ -219,22 +313,22 @@ def test_train_py_comes_from_the_tag_of_the_installed_timm(tmp_path, monkeypatch
     git('commit', '-q', '-m', 'x', cwd=upstream)
     monkeypatch.delenv('TIMM_DIR', raising=False)
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    config = dict(COUNT='1', KEY_0=f'url.{upstream.as_uri()}.insteadOf', VALUE_0=training.TIMM_URL)
+    config = dict(COUNT='1', KEY_0=f'url.{upstream.as_uri()}.insteadOf', VALUE_0=TIMM_URL)
     for key, value in config.items():
         monkeypatch.setenv(f'GIT_CONFIG_{key}', value)
     with pytest.raises(ValueError, match=f'cannot fetch train.py of timm {timm.__version__} .*give a checkout by'):
-        training.find_train_py(None)
+        find_train_py(None)
     assert list((tmp_path / 'cache' / 'timm_regnet_rnn').iterdir()) == [], 'nothing half-fetched'
     git('tag', f'v{timm.__version__}', cwd=upstream)
-    train_py = training.find_train_py(None)
+    train_py = find_train_py(None)
     assert train_py.read_text() == 'parser = None\n' and tmp_path / 'cache' in train_py.parents
     shutil.rmtree(upstream)
-    assert training.find_train_py(None) == train_py, 'fetched once'
+    assert find_train_py(None) == train_py, 'fetched once'
     train_py.write_text('parser = 1\n')
     with pytest.raises(ValueError, match='not the unaltered tag'):
-        training.find_train_py(None)
+        find_train_py(None)
     monkeypatch.setenv('TIMM_DIR', str(STAND_IN))
-    assert training.find_train_py(None) == STAND_IN / 'train.py'
+    assert find_train_py(None) == STAND_IN / 'train.py'
 
 
 @given(st.data())

@@ -5,7 +5,7 @@ replace modules find what they know. Where nothing listens to them, several may 
 one predicate for that, `ops.fused_on_cpu` the one for the tensors.
 """
 
-from typing import Any
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -13,9 +13,28 @@ import torch.nn.functional as F
 
 from . import ops
 
-__all__ = ['fuse', 'listened', 'norm_act', 'norm_in_step', 'scale_and_shift']
+__all__ = ['SampledConv2d', 'fuse', 'listened', 'norm_act', 'norm_in_step', 'sample_first', 'scale_and_shift']
 
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+
+
+class SampledConv2d(nn.Conv2d):
+    """A 1x1 convolution with a stride that takes its samples first: the same function, through another kernel.
+
+    oneDNN's backward pass for the weight of a strided 1x1 convolution writes beyond a buffer's end on AVX-512 where
+    there are fewer than 16 input channels in channels_last (seen with torch 2.14; `tests/test_memory.py` guards it).
+    """
+
+    def _conv_forward(self, input: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor]) -> torch.Tensor:
+        down, right = self.stride
+        return F.conv2d(input[:, :, ::down, ::right], weight, bias, groups=self.groups)
+
+
+def sample_first(net: nn.Module) -> None:
+    """Turn the strided 1x1 convolutions of a net that could meet that fault into SampledConv2d, in place."""
+    for conv in net.modules():
+        if type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.stride != (1, 1) and conv.in_channels % 16:
+            conv.__class__ = SampledConv2d
 
 
 def listened(*modules: nn.Module) -> bool:

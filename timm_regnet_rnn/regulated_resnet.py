@@ -22,7 +22,7 @@ from timm.models._manipulate import checkpoint
 from timm.models.resnet import ResNet
 
 from .conv_rnn import CELLS, RegulatorCell
-from .layers import listened
+from .layers import listened, sample_first
 from .regulated_block import BLOCKS, RegulatedBasicBlock, RegulatedBottleneck, TimeStep
 from .reparameterize import link_stem
 
@@ -296,6 +296,7 @@ class RegulatedResNet(ResNet):
                 setattr(self, f'layer{i + 1}', nn.Sequential())  # timm's ResNet names four
             for name in ('global_pool', 'fc'):  # behind them, where the forward pass has them
                 self._modules[name] = self._modules.pop(name)
+        sample_first(self)
         link_stem(self)
         if dtype is not None:
             self.to(dtype=dtype)

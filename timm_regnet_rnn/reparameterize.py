@@ -10,7 +10,7 @@ from typing import Any, Dict, Optional, Tuple
 import torch.nn as nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .layers import listened
+from .layers import SampledConv2d, listened
 
 __all__ = ['fold_norm', 'fold_sequential', 'fold_stem', 'link_stem']
 
@@ -23,7 +23,7 @@ def fold_norm(parent: nn.Module, conv_name: str, norm_name: str) -> None:
     conv: Any = getattr(parent, conv_name, None)
     norm: Any = getattr(parent, norm_name, None)
     if (
-        type(conv) is nn.Conv2d
+        type(conv) in (nn.Conv2d, SampledConv2d)
         and conv._parameters.get('weight') is not None
         and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
         and norm.track_running_stats

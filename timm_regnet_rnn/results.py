@@ -140,7 +140,10 @@ def parse(row: Mapping[Any, Any]) -> Run:
         raise ValueError(
             f'top1 {values["top1"]}, top5 {values["top5"]}, best_top1 {values["best_top1"]}: not percentages'
         )
-    group = values['dataset'], values['recipe'], values['epochs'], values['overrides']
+    # a batch norm sees the images of its process alone, so their number is part of the setting
+    several = f'--nproc {values["processes"]}' if values['processes'] > 1 else ''
+    overrides = ' '.join(filter(None, [values['overrides'], several]))
+    group = values['dataset'], values['recipe'], values['epochs'], overrides
     return Run(**values, group=group, label=(values['model'], ' '.join(split_kwargs(values['model_kwargs']))))
 
 

@@ -1,33 +1,42 @@
-"""The fused regulator step and its norm on CPU: fused_cpu.cpp as ops that autograd and torch.compile know.
+"""The kernels of the fused ops on the CPU: fused_cpu.cpp, compiled at the first call and kept in the user's cache.
 
-It computes in float32 and channels_last. Forward saves its inputs only; backward computes the gates again. The first
-import compiles the source in a few seconds, once per version of it and kind of CPU, and keeps the library in the user's
-cache. Without a C++ compiler there is no fused op, and `UNAVAILABLE` says why.
+They compute in float32 and channels_last, for finite values of ordinary size; a tensor with others (infinite, NaN, or
+beyond 1e8) is computed by the reference. All memory they work in is torch's. Without a C++ compiler there are none,
+`unavailable` says why, and one warning says what that costs.
 """
 
+import contextlib
 import ctypes
 import hashlib
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
-from typing import Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
-from torch import Tensor, library
+import torch.nn.functional as F
+from torch import Tensor
 
-from . import LANES
+from . import reference
+from .fused import check, check_devices
 
-__all__ = ['STEPS', 'UNAVAILABLE', 'batch_norm_relu']
+__all__ = ['CONVERTS', 'backward', 'batch_norm_relu', 'batch_norm_relu_backward', 'empty', 'forward', 'unavailable']
 
+CONVERTS = True  # a step turns every tensor into float32 and channels_last
+LANES = 16  # channels that the kernels take together
 SOURCE = Path(__file__).with_name('fused_cpu.cpp')
-FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-fopenmp', '-shared', '-fPIC', '-Wno-psabi']
+FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-shared', '-fPIC', '-Wno-psabi']
 CPU_FLAGS = {
     'AVX512': ['-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mavx2', '-mfma'],
     'AVX2': ['-mavx2', '-mfma'],
 }
+UNUSUAL = 1  # what a kernel returns for values that it does not take
+logger = logging.getLogger('timm_regnet_rnn')
 
 
 def cache_dir() -> Path:
@@ -35,80 +44,162 @@ def cache_dir() -> Path:
     return Path(os.environ.get('XDG_CACHE_HOME') or Path.home() / '.cache') / 'timm_regnet_rnn'
 
 
+def _trusted(path: Path) -> bool:
+    """Whether nobody but this user (and root) can have written to a file or folder."""
+    state = path.stat()
+    return not hasattr(os, 'getuid') or (state.st_uid in (os.getuid(), 0) and not state.st_mode & 0o022)
+
+
+def _sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Replace a file by one that is whole and on the disk."""
+    handle, scratch = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def _compile(compiler: str, flags: List[str]) -> bytes:
+    """The shared library; without OpenMP, on one thread, where the compiler has none.
+
+    Raises:
+        OSError: The compiler failed; in one line.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / 'fused_cpu.so'
+        for openmp in (['-fopenmp'], []):
+            command = [*compiler.split(), *flags, *openmp, str(SOURCE), '-o', str(target)]
+            done = subprocess.run(command, capture_output=True, text=True, errors='replace')
+            if done.returncode == 0:
+                if not openmp:
+                    logger.warning('%s has no OpenMP: the regulators of a net run on one thread.', compiler)
+                return target.read_bytes()
+    raise OSError(f'{compiler} failed: {(done.stderr.strip().splitlines() or ["no message"])[0]}')
+
+
 def build() -> Path:
-    """Compile the source unless the cache has it.
+    """Compile the source, unless the cache has the library, whole and by this user.
 
     Returns:
-        The shared library.
+        The shared library; outside of the cache, for this process alone, where the cache cannot be trusted or used.
 
     Raises:
         OSError: There is no compiler, or it failed; in one line.
     """
     compiler = os.environ.get('CXX') or next(filter(shutil.which, ('g++', 'c++', 'clang++')), None)
-    if compiler is None:
-        raise OSError('no C++ compiler (g++, c++, clang++ or $CXX)')
-    command = [*compiler.split(), *FLAGS, *CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    key = hashlib.sha256(repr((command, platform.machine())).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    target = cache_dir() / f'fused_cpu-{key}.so'
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, scratch = tempfile.mkstemp(suffix='.so', dir=target.parent)
-    os.close(handle)
+    if compiler is None or not shutil.which(compiler.split()[0]):
+        raise OSError(f'no C++ compiler ({compiler or "g++, c++, clang++ or $CXX"})')
+    flags = [*FLAGS, *CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
+    key = hashlib.sha256(repr((compiler, flags, platform.machine())).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    folder = cache_dir()
     try:
-        done = subprocess.run([*command, str(SOURCE), '-o', scratch], capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(f'{compiler} failed: {(done.stderr.strip().splitlines() or ["no message"])[0]}')
-        os.replace(scratch, target)  # whole or not at all, whoever else is compiling
-    finally:
-        Path(scratch).unlink(missing_ok=True)
-    return target
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        usable = _trusted(folder)
+    except OSError:
+        usable = False
+    if usable:
+        library, summed = folder / f'fused_cpu-{key}.so', folder / f'fused_cpu-{key}.sha256'
+        if library.is_file() and _trusted(library):
+            if summed.is_file() and summed.read_text(encoding='utf-8', errors='replace').strip() == _sum(library):
+                return library
+            logger.warning('%s is damaged: compiled again.', library)
+    logger.info('compiling the CPU kernels with %s, once: a few seconds.', compiler)
+    data = _compile(compiler, flags)
+    if usable:
+        try:
+            _write(library, data)
+            _write(summed, hashlib.sha256(data).hexdigest().encode())
+            return library
+        except OSError:
+            usable = False
+    logger.warning('%s is not writable, or others can write to it: the CPU kernels are not kept.', folder)
+    with tempfile.NamedTemporaryFile(suffix='.so', delete=False) as file:
+        file.write(data)
+    return Path(file.name)
 
 
-def load() -> Tuple[Optional[ctypes.CDLL], str]:
-    """The compiled library, or None and the reason in one line."""
+def _load() -> Tuple[Any, str]:
     try:
-        return ctypes.CDLL(str(build())), ''
+        path = build()
+        loaded = ctypes.CDLL(str(path))
+        if path.parent != cache_dir():
+            with contextlib.suppress(OSError):
+                path.unlink()  # it stays loaded
+        for name in (f'{cell}_room' for cell in ('conv_rnn', 'conv_gru', 'conv_lstm')):
+            getattr(loaded, name).restype = ctypes.c_int64
+        return loaded, ''
     except OSError as e:
-        return None, str(e).splitlines()[0]
+        reason = str(e).splitlines()[0]
+        logger.warning('%s: regulators run in plain PyTorch, about three times slower on the CPU.', reason)
+        return None, reason
 
 
-LIBRARY, UNAVAILABLE = load()  # at import, so that torch.compile finds a constant
+_lock = threading.Lock()
+_loaded: Optional[Tuple[Any, str]] = None
+
+
+def _library() -> Tuple[Any, str]:
+    """The compiled library, or None and the reason in one line; compiled by the first caller."""
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _load()
+    return _loaded
+
+
+def unavailable() -> str:
+    """Why there are no kernels, in one line; '' if there are."""
+    return _library()[1]
 
 
 def _pointer(tensor: Optional[Tensor]) -> Optional[ctypes.c_void_p]:
     return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
-def _call(name: str, x: Tensor, *arguments: Union[None, float, Tensor]) -> None:
-    sizes = map(ctypes.c_int64, x.shape)
-    arguments = (ctypes.c_double(a) if isinstance(a, float) else _pointer(a) for a in arguments)
-    getattr(LIBRARY, name)(torch.get_num_threads(), *sizes, *arguments)
+def _call(name: str, x: Tensor, *arguments: Union[None, float, Tensor]) -> int:
+    converted = (ctypes.c_double(a) if isinstance(a, float) else _pointer(a) for a in arguments)
+    return getattr(_library()[0], name)(torch.get_num_threads(), *map(ctypes.c_int64, x.shape), *converted)
 
 
-def _channels_last(tensor: Optional[Tensor]) -> Optional[Tensor]:
+def _channels_last(tensor: Optional[Tensor]) -> Any:
     return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _contiguous(tensor: Optional[Tensor]) -> Optional[Tensor]:
+def _contiguous(tensor: Optional[Tensor]) -> Any:
     return None if tensor is None else tensor.contiguous()
 
 
-def _empty(x: Tensor) -> Tensor:
+def empty(x: Tensor) -> Tensor:
+    """What a kernel returns is of x's shape, in channels_last."""
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _check(gates: int, x: Tensor, h: Optional[Tensor], c: Optional[Tensor], weight: Tensor, bias: Tensor) -> None:
-    """Raise ValueError for shapes and types that the C++ code, which only sees addresses, would read wrongly."""
-    n = x.shape[1] if x.ndim == 4 else 0
-    states = all(state is None or state.shape == x.shape for state in (h, c))
-    if not (n and n % LANES == 0 and states and weight.shape == (gates, n, 2, 3, 3) and bias.shape == (gates, n)):
-        shapes = ', '.join('None' if t is None else str(tuple(t.shape)) for t in (x, h, c, weight, bias))
-        raise ValueError(
-            f'x, h, c must be (B, N, H, W), N a multiple of {LANES}, weight ({gates}, N, 2, 3, 3), bias ({gates}, N); '
-            f'got {shapes}.'
-        )
-    if any(t is not None and (t.dtype != torch.float32 or t.device.type != 'cpu') for t in (x, h, c, weight, bias)):
+def _room(cell: str, x: Tensor, backward: bool) -> Tensor:
+    """Memory to work in; too much of it is torch's own error."""
+    sizes = map(ctypes.c_int64, x.shape)
+    return torch.empty(getattr(_library()[0], f'{cell}_room')(torch.get_num_threads(), *sizes, int(backward)))
+
+
+def _above_autograd(function: Callable[[], Any]) -> Any:
+    """Run a function in a thread of its own: a kernel runs below autograd, and so would what it calls."""
+    out: List[Any] = []
+    thread = threading.Thread(target=lambda: out.append(function()))
+    thread.start()
+    thread.join()
+    return out[0]
+
+
+def _check_float32(*tensors: Optional[Tensor]) -> None:
+    if any(t is not None and (t.dtype != torch.float32 or t.device.type != 'cpu') for t in tensors):
         raise ValueError('the fused CPU op takes float32 tensors on the CPU, all of them.')
 
 
@@ -118,140 +209,106 @@ def _check_vectors(x: Tensor, *vectors: Optional[Tensor]) -> None:
     if x.ndim != 4 or x.shape[1] % LANES or any(v.shape != x.shape[1:2] for v in tensors[1:]):
         shapes = ', '.join(str(tuple(t.shape)) for t in tensors)
         raise ValueError(f'x must be (B, N, H, W), N a multiple of {LANES}, and the others (N,); got {shapes}.')
-    if any(t.dtype != torch.float32 or t.device.type != 'cpu' for t in tensors):
-        raise ValueError('the fused CPU op takes float32 tensors on the CPU, all of them.')
+    check_devices(*tensors)
+    _check_float32(*tensors)
 
 
-def _register(name: str, gates: int, has_c: bool):
-    """The ops `{name}` and `{name}_backward` in torch's library `timm_regnet_rnn`, and the step that calls them."""
+def forward(
+    cell: str,
+    x: Tensor,
+    h: Optional[Tensor],
+    c: Optional[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    scale: Optional[Tensor],
+    shift: Optional[Tensor],
+) -> List[Tensor]:
+    """The new h, after the norm if scale and shift are given, and, of an LSTM, the new c."""
+    check(cell, x, h, c, weight, bias, LANES)
+    _check_float32(x, h, c, weight, bias)
+    _check_vectors(x, scale, shift)
+    x, h, c = map(_channels_last, (x, h, c))
+    outs = [empty(x) for _ in range(1 + (cell == 'conv_lstm'))]
+    weight, bias, scale, shift = map(_contiguous, (weight, bias, scale, shift))
+    room = _room(cell, x, False)
+    if _call(f'{cell}_forward', x, weight, bias, x, h, c, scale, shift, outs[0], outs[-1], room) == UNUSUAL:
+        raw, state = getattr(reference, f'{cell}_step')(x, h, c, weight, bias)
+        outs = [reference.affine_relu(raw, scale, shift), state][: len(outs)]
+        outs = [_channels_last(out) for out in outs]
+    return outs
 
-    def forward(
-        x: Tensor,
-        h: Optional[Tensor],
-        c: Optional[Tensor],
-        weight: Tensor,
-        bias: Tensor,
-        scale: Optional[Tensor],
-        shift: Optional[Tensor],
-    ) -> List[Tensor]:
-        _check(gates, x, h, c, weight, bias)
-        _check_vectors(x, scale, shift)
-        x, h, c = map(_channels_last, (x, h, c))
-        outs = [_empty(x) for _ in range(1 + has_c)]
-        weight, bias, scale, shift = map(_contiguous, (weight, bias, scale, shift))
-        _call(f'{name}_forward', x, weight, bias, x, h, c, scale, shift, outs[0], outs[-1])
-        return outs
 
-    def backward(
-        x: Tensor,
-        h: Optional[Tensor],
-        c: Optional[Tensor],
-        weight: Tensor,
-        bias: Tensor,
-        dh_out: Optional[Tensor],
-        dc_out: Optional[Tensor],
-    ) -> List[Tensor]:
-        _check(gates, x, h, c, weight, bias)
-        x, h, c, dh_out, dc_out = map(_channels_last, (x, h, c, dh_out, dc_out))
-        weight, bias = weight.contiguous(), bias.contiguous()
-        dx, dweight, dbias = _empty(x), torch.zeros_like(weight), torch.zeros_like(bias)
-        dh, dc = (None if state is None else _empty(state) for state in (h, c))
-        _call(f'{name}_backward', x, weight, bias, x, h, c, dh_out, dc_out, dx, dh, dc, dweight, dbias)
+def backward(
+    cell: str,
+    x: Tensor,
+    h: Optional[Tensor],
+    c: Optional[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    dh_out: Optional[Tensor],
+    dc_out: Optional[Tensor],
+) -> List[Tensor]:
+    """Gradients of x, weight, bias, and of h and c where they are given."""
+    check(cell, x, h, c, weight, bias, LANES)
+    _check_float32(x, h, c, weight, bias, dh_out, dc_out)
+    x, h, c, dh_out, dc_out = map(_channels_last, (x, h, c, dh_out, dc_out))
+    weight, bias = weight.contiguous(), bias.contiguous()
+    dx, dweight, dbias = empty(x), torch.zeros_like(weight), torch.zeros_like(bias)
+    dh, dc = (None if state is None else empty(state) for state in (h, c))
+    room = _room(cell, x, True)
+    arguments = (weight, bias, x, h, c, dh_out, dc_out, dx, dh, dc, dweight, dbias, room)
+    if _call(f'{cell}_backward', x, *arguments) != UNUSUAL:
         return [dx, dweight, dbias, *(grad for grad in (dh, dc) if grad is not None)]
 
-    forward = library.custom_op(f'timm_regnet_rnn::{name}', forward, mutates_args=())
-    backward = library.custom_op(f'timm_regnet_rnn::{name}_backward', backward, mutates_args=())
+    def differentiate() -> List[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias, h, c) if t is not None]
+        states = iter(leaves[3:])
+        state = [next(states) if t is not None else None for t in (h, c)]
+        outs = getattr(reference, f'{cell}_step')(leaves[0], *state, *leaves[1:3])
+        pairs = [(o, g) for o, g in zip(outs, (dh_out, dc_out)) if g is not None]
+        found: Sequence[Optional[Tensor]] = [None] * len(leaves)
+        if pairs:
+            given, seeds = zip(*pairs)
+            found = torch.autograd.grad(given, leaves, seeds, allow_unused=True)
+        grads = [torch.zeros_like(t) if g is None else g for t, g in zip(leaves, found)]
+        return [_channels_last(g) if g.shape == x.shape else g.contiguous() for g in grads]
 
-    @forward.register_fake
-    def _(x, h, c, weight, bias, scale, shift):
-        return [_empty(x) for _ in range(1 + has_c)]
-
-    @backward.register_fake
-    def _(x, h, c, weight, bias, dh_out, dc_out):
-        states = [_empty(state) for state in (h, c) if state is not None]
-        return [_empty(x), torch.empty_like(weight), torch.empty_like(bias), *states]
-
-    def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
-
-    def differentiate(ctx, grads):
-        x, h, c, weight, bias, scale, shift = ctx.saved_tensors
-        dh_out, dc_out, dscale, dshift = grads[0], grads[1] if has_c else None, None, None
-        if scale is not None and dh_out is not None:  # rare, so h' is computed again rather than kept
-            raw = forward(x, h, c, weight, bias, None, None)[0]
-            dh_out = dh_out * (raw * scale[:, None, None] + shift[:, None, None] > 0)
-            dscale, dshift = (dh_out * raw).sum((0, 2, 3)), dh_out.sum((0, 2, 3))
-            dh_out = dh_out * scale[:, None, None]
-        dx, dweight, dbias, *states = backward(x, h, c, weight, bias, dh_out, dc_out)
-        dh = None if h is None else states.pop(0)
-        return dx, dh, None if c is None else states.pop(0), dweight, dbias, dscale, dshift
-
-    forward.register_autograd(differentiate, setup_context=setup_context)
-
-    forward.register_autocast('cpu', torch.float32)
-
-    def step(x, h, c, weight, bias, scale=None, shift=None):
-        """Takes bfloat16 and NCHW too: converting is little work beside the step. h' is like x; c' is channels_last."""
-        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        if dtype != torch.float32:
-            tensors = (x, h, c, weight, bias, scale, shift)
-            x, h, c, weight, bias, scale, shift = (None if t is None else t.float() for t in tensors)
-        outs = [out.to(dtype) for out in forward(x, h, c if has_c else None, weight, bias, scale, shift)]
-        return outs[0].contiguous(memory_format=layout), outs[1] if has_c else c
-
-    return step
+    dx, dweight, dbias, *states = _above_autograd(differentiate)
+    return [dx, dweight, dbias, *states]
 
 
-STEPS: Dict[str, object] = {
-    'conv_rnn': _register('conv_rnn', gates=1, has_c=False),
-    'conv_gru': _register('conv_gru', gates=3, has_c=False),
-    'conv_lstm': _register('conv_lstm', gates=4, has_c=True),
-}
-
-
-@library.custom_op('timm_regnet_rnn::batch_norm_relu', mutates_args=())
 def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
     """As the reference: ReLU(BN(x)) in training mode, and the mean and (biased) variance of x."""
     _check_vectors(x, weight, bias)
     x, weight, bias = _channels_last(x), _contiguous(weight), _contiguous(bias)
-    y, mean, var = _empty(x), torch.empty_like(weight), torch.empty_like(weight)
-    _call('batch_norm_relu_forward', x, eps, weight, bias, x, y, mean, var)
+    y, mean, var = empty(x), torch.empty_like(weight), torch.empty_like(weight)
+    if _call('batch_norm_relu_forward', x, eps, weight, bias, x, y, mean, var, _norm_room(x)) == UNUSUAL:
+        y, mean, _ = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        return _channels_last(torch.relu(y)), mean, x.double().var((0, 2, 3), correction=0).float()
     return y, mean, var
 
 
-@library.custom_op('timm_regnet_rnn::batch_norm_relu_backward', mutates_args=())
-def _batch_norm_relu_backward(
+def _norm_room(x: Tensor) -> Tensor:
+    return torch.empty((torch.get_num_threads() + 1) * 2 * x.shape[1], dtype=torch.float64)
+
+
+def batch_norm_relu_backward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, var: Tensor, dy: Tensor
 ) -> Tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias."""
     _check_vectors(x, weight, bias, mean, var)
+    _check_float32(dy)
     x, dy = _channels_last(x), _channels_last(dy)
     weight, bias, mean, var = map(_contiguous, (weight, bias, mean, var))
-    dx, dweight, dbias = _empty(x), torch.empty_like(weight), torch.empty_like(bias)
-    _call('batch_norm_relu_backward', x, eps, weight, bias, x, mean, var, dy, dx, dweight, dbias)
-    return dx, dweight, dbias
+    dx, dweight, dbias = empty(x), torch.empty_like(weight), torch.empty_like(bias)
+    arguments = (weight, bias, x, mean, var, dy, dx, dweight, dbias, _norm_room(x))
+    if _call('batch_norm_relu_backward', x, eps, *arguments) != UNUSUAL:
+        return dx, dweight, dbias
 
+    def differentiate() -> Tuple[Tensor, ...]:
+        leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+        y = torch.relu(F.batch_norm(leaves[0], None, None, leaves[1], leaves[2], training=True, eps=eps))
+        return torch.autograd.grad(y, leaves, dy)
 
-@batch_norm_relu.register_fake
-def _(x, weight, bias, eps):
-    return _empty(x), torch.empty_like(weight), torch.empty_like(weight)
-
-
-@_batch_norm_relu_backward.register_fake
-def _(x, weight, bias, eps, mean, var, dy):
-    return _empty(x), torch.empty_like(weight), torch.empty_like(bias)
-
-
-def _setup_norm(ctx, inputs, output):
-    x, weight, bias, ctx.eps = inputs
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(x, weight, bias, *output[1:])
-
-
-def _differentiate_norm(ctx, dy, _, __):
-    x, weight, bias, mean, var = ctx.saved_tensors
-    return *_batch_norm_relu_backward(x, weight, bias, ctx.eps, mean, var, dy), None
-
-
-batch_norm_relu.register_autograd(_differentiate_norm, setup_context=_setup_norm)
+    dx, dweight, dbias = _above_autograd(differentiate)
+    return _channels_last(dx), dweight, dbias

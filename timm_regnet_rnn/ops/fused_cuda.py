@@ -1,4 +1,4 @@
-"""The fused regulator step on CUDA: Triton kernels as ops that autograd and torch.compile know.
+"""The kernels of the fused ops on CUDA, in Triton.
 
 float32, float16 or bfloat16, summed in float32; weight and bias are of the states' type or float32. NCHW and
 channels_last tensors are read where they lie, and everything that is returned follows the layout of x; other strides
@@ -28,10 +28,13 @@ forward step of an LSTM in bfloat16, which moves 10 bytes, is bound by arithmeti
 """
 
 from types import SimpleNamespace
-from typing import Dict, List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 import torch
-from torch import Tensor, library
+from torch import Tensor
+
+from .fused import GATES, check
+from .reference import affine_relu
 
 try:
     import triton
@@ -43,7 +46,9 @@ except ImportError:  # the kernels below stay plain functions that nobody calls
     jit, UNAVAILABLE, INTERPRETED = lambda kernel: kernel, 'Triton is not installed', False
 inline = (lambda function: function) if INTERPRETED else jit  # the interpreter takes milliseconds to enter a function
 
-__all__ = ['STEPS', 'UNAVAILABLE']
+__all__ = ['CONVERTS', 'backward', 'empty', 'forward', 'unavailable']
+
+CONVERTS = False  # the kernels take every layout and type of DTYPES
 
 NCHW, CL = torch.contiguous_format, torch.channels_last
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -387,7 +392,8 @@ def _format(x: Tensor) -> torch.memory_format:
     return NCHW if x.is_contiguous() or not x.is_contiguous(memory_format=CL) else CL
 
 
-def _empty(x: Tensor) -> Tensor:
+def empty(x: Tensor) -> Tensor:
+    """What a kernel returns is of x's shape and layout."""
     return torch.empty_like(x, memory_format=_format(x))
 
 
@@ -426,114 +432,83 @@ def _launch(kernel, x: Tensor, *args, ring: bool = False, **constants) -> None:
             kernel[(programs,)](*args, *x.shape[1:], **constants, SHAPE=shape, num_warps=warps, enable_fp_fusion=True)
 
 
-def _check(gates: int, x: Tensor, h: Optional[Tensor], c: Optional[Tensor], weight: Tensor, bias: Tensor) -> None:
+def unavailable() -> str:
+    """Why there are no kernels, in one line; '' if there are."""
+    return UNAVAILABLE
+
+
+def _check(cell: str, x: Tensor, h: Optional[Tensor], c: Optional[Tensor], weight: Tensor, bias: Tensor) -> None:
     """Raise ValueError for shapes and types that the kernels, which only see addresses, would read wrongly."""
-    n = x.shape[1] if x.ndim == 4 else 0
-    states = all(state is None or state.shape == x.shape for state in (h, c))
-    if not (n and states and weight.shape == (gates, n, 2, 3, 3) and bias.shape == (gates, n)):
-        shapes = ', '.join('None' if t is None else str(tuple(t.shape)) for t in (x, h, c, weight, bias))
-        raise ValueError(
-            f'x, h, c must be (B, N, H, W), weight ({gates}, N, 2, 3, 3), bias ({gates}, N); got {shapes}.'
-        )
+    check(cell, x, h, c, weight, bias)
     if x[:1].numel() >= 2**31:
         raise ValueError('the fused CUDA op takes images of fewer than 2**31 elements.')
-    tensors = [t for t in (x, h, c, weight, bias) if t is not None]
-    if x.device.type != ('cpu' if INTERPRETED else 'cuda') or any(t.device != x.device for t in tensors):
+    if x.device.type != ('cpu' if INTERPRETED else 'cuda'):
         raise ValueError('the fused CUDA op takes tensors on one CUDA device, all of them.')
-    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors[:-2]):
+    tensors = [t for t in (x, h, c) if t is not None]
+    if x.dtype not in DTYPES or any(t.dtype != x.dtype for t in tensors):
         raise ValueError('the fused CUDA op takes x, h, c in float32, float16 or bfloat16, all of them in the same.')
     if any(t.dtype not in (x.dtype, torch.float32) for t in (weight, bias)):
         raise ValueError('the fused CUDA op takes weight and bias in the type of x or in float32.')
 
 
-def _register(name: str, gates: int, has_c: bool):
-    """The ops `cuda_{name}` and `cuda_{name}_backward` in torch's library `timm_regnet_rnn`, and the step over them."""
-    gru = gates == 3
-
-    def laid_out(x: Tensor, weight: Tensor, *tensors: Optional[Tensor]):
-        """x dense, the kernel with neighbouring channels side by side, and the other tensors in x's layout."""
-        layout = _format(x)
-        others = (None if t is None else t.contiguous(memory_format=layout) for t in tensors)
-        return x.contiguous(memory_format=layout), weight.permute(0, 2, 3, 4, 1).contiguous(), *others
-
-    def forward(x: Tensor, h: Optional[Tensor], c: Optional[Tensor], weight: Tensor, bias: Tensor) -> List[Tensor]:
-        _check(gates, x, h, c, weight, bias)
-        outs = [_empty(x) for _ in range(1 + has_c)]
-        x, w, h, c = laid_out(x, weight, h, c)
-        _launch(forward_kernel, x, x, h, c, w, bias.contiguous(), outs[0], outs[-1], ring=gru, GATES=gates)
-        return outs
-
-    def backward(
-        x: Tensor,
-        h: Optional[Tensor],
-        c: Optional[Tensor],
-        weight: Tensor,
-        bias: Tensor,
-        dh_out: Optional[Tensor],
-        dc_out: Optional[Tensor],
-    ) -> List[Tensor]:
-        _check(gates, x, h, c, weight, bias)
-        dx, dh, dc = (None if t is None else _empty(x) for t in (x, h, c))
-        x, w, h, c, dh_out, dc_out = laid_out(x, weight, h, c, dh_out, dc_out)
-        planes, size, n = x.new_empty((gates + 2 * gru) * x.numel()), x.numel(), x.shape[1]
-        _launch(gates_kernel, x, x, h, c, w, bias.contiguous(), dh_out, dc_out, planes, dc, size, ring=gru, GATES=gates)
-        if gru and h is not None:
-            _launch(reset_kernel, x, h, w, planes, size)
-        _launch(inputs_kernel, x, w, planes, dh_out, dx, dh, size, GATES=gates)
-
-        shape, warps = _shape(x, False)
-        items, blocks = _items(x, shape), triton.cdiv(n, shape[3])
-        chunk = max(1, triton.cdiv(items * blocks * gates * warps, WARPS))
-        partial = x.new_zeros(triton.cdiv(items, chunk), gates, 19, n, dtype=torch.float32)
-        if items:
-            with torch.cuda.device_of(x):
-                weights_kernel[(len(partial) * blocks * gates,)](
-                    *(x, h, planes, partial, items, chunk, size, *x.shape[1:]),
-                    **{'GATES': gates, 'SHAPE': shape, 'num_warps': warps, 'enable_fp_fusion': True},
-                )
-        total = partial.sum(0)
-        dweight = total[:, :18].mT.reshape(weight.shape).to(weight.dtype)
-        dbias = total[:, 18].to(bias.dtype, copy=True)
-        return [dx, dweight, dbias, *(grad for grad in (dh, dc) if grad is not None)]
-
-    forward = library.custom_op(f'timm_regnet_rnn::cuda_{name}', forward, mutates_args=())
-    backward = library.custom_op(f'timm_regnet_rnn::cuda_{name}_backward', backward, mutates_args=())
-
-    @forward.register_fake
-    def _(x, h, c, weight, bias):
-        return [_empty(x) for _ in range(1 + has_c)]
-
-    @backward.register_fake
-    def _(x, h, c, weight, bias, dh_out, dc_out):
-        states = [_empty(x) for state in (h, c) if state is not None]
-        return [_empty(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape), *states]
-
-    def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs)
-
-    def differentiate(ctx, grads):
-        x, h, c, weight, bias = ctx.saved_tensors
-        grads = backward(x, h, c, weight, bias, grads[0], grads[1] if has_c else None)
-        dx, dweight, dbias, *states = grads
-        dh = None if h is None else states.pop(0)
-        return dx, dh, None if c is None else states.pop(0), dweight, dbias
-
-    forward.register_autograd(differentiate, setup_context=setup_context)
-
-    def step(x, h, c, weight, bias):
-        state = c if has_c else None
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x, h, state = (None if t is None else t.to(dtype) for t in (x, h, state))
-        outs = forward(x, h, state, weight, bias)
-        return outs[0], outs[1] if has_c else c
-
-    return step
+def _laid_out(x: Tensor, weight: Tensor, *tensors: Optional[Tensor]) -> Any:
+    """x dense, the kernel with neighbouring channels side by side, and the other tensors in x's layout."""
+    layout = _format(x)
+    others = (None if t is None else t.contiguous(memory_format=layout) for t in tensors)
+    return x.contiguous(memory_format=layout), weight.permute(0, 2, 3, 4, 1).contiguous(), *others
 
 
-STEPS: Dict[str, object] = {
-    'conv_rnn': _register('conv_rnn', gates=1, has_c=False),
-    'conv_gru': _register('conv_gru', gates=3, has_c=False),
-    'conv_lstm': _register('conv_lstm', gates=4, has_c=True),
-}
+def forward(
+    cell: str,
+    x: Tensor,
+    h: Optional[Tensor],
+    c: Optional[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    scale: Optional[Tensor],
+    shift: Optional[Tensor],
+) -> List[Tensor]:
+    """The new h, after the norm if scale and shift are given, and, of an LSTM, the new c."""
+    _check(cell, x, h, c, weight, bias)
+    outs = [empty(x) for _ in range(1 + (cell == 'conv_lstm'))]
+    gates, gru = GATES[cell], cell == 'conv_gru'
+    x, w, h, c = _laid_out(x, weight, h, c)
+    _launch(forward_kernel, x, x, h, c, w, bias.contiguous(), outs[0], outs[-1], ring=gru, GATES=gates)
+    return [affine_relu(outs[0], scale, shift), *outs[1:]]
+
+
+def backward(
+    cell: str,
+    x: Tensor,
+    h: Optional[Tensor],
+    c: Optional[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    dh_out: Optional[Tensor],
+    dc_out: Optional[Tensor],
+) -> List[Tensor]:
+    """Gradients of x, weight, bias, and of h and c where they are given."""
+    _check(cell, x, h, c, weight, bias)
+    gates, gru = GATES[cell], cell == 'conv_gru'
+    dx, dh, dc = (None if t is None else empty(x) for t in (x, h, c))
+    x, w, h, c, dh_out, dc_out = _laid_out(x, weight, h, c, dh_out, dc_out)
+    planes, size, n = x.new_empty((gates + 2 * gru) * x.numel()), x.numel(), x.shape[1]
+    _launch(gates_kernel, x, x, h, c, w, bias.contiguous(), dh_out, dc_out, planes, dc, size, ring=gru, GATES=gates)
+    if gru and h is not None:
+        _launch(reset_kernel, x, h, w, planes, size)
+    _launch(inputs_kernel, x, w, planes, dh_out, dx, dh, size, GATES=gates)
+
+    shape, warps = _shape(x, False)
+    items, blocks = _items(x, shape), triton.cdiv(n, shape[3])
+    chunk = max(1, triton.cdiv(items * blocks * gates * warps, WARPS))
+    partial = x.new_zeros(triton.cdiv(items, chunk), gates, 19, n, dtype=torch.float32)
+    if items:
+        with torch.cuda.device_of(x):
+            weights_kernel[(len(partial) * blocks * gates,)](
+                *(x, h, planes, partial, items, chunk, size, *x.shape[1:]),
+                **{'GATES': gates, 'SHAPE': shape, 'num_warps': warps, 'enable_fp_fusion': True},
+            )
+    total = partial.sum(0)
+    dweight = total[:, :18].mT.reshape(weight.shape).to(weight.dtype)
+    dbias = total[:, 18].to(bias.dtype, copy=True)
+    return [dx, dweight, dbias, *(grad for grad in (dh, dc) if grad is not None)]

@@ -51,11 +51,9 @@ def conv_rnn_step(
     c: Optional[torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor,
-    scale: Optional[torch.Tensor] = None,
-    shift: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """h' = tanh(gate_h(x, h)). c passes through untouched."""
-    return affine_relu(torch.tanh(gate(x, h, weight[0], bias[0])), scale, shift), c
+    return torch.tanh(gate(x, h, weight[0], bias[0])), c
 
 
 def conv_gru_step(
@@ -64,8 +62,6 @@ def conv_gru_step(
     c: Optional[torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor,
-    scale: Optional[torch.Tensor] = None,
-    shift: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """h' = (1 - z) ⊙ h + z ⊙ tanh(gate_n(x, r ⊙ h)), gates in the order z, r, n. c passes through untouched."""
     z = torch.sigmoid(gate(x, h, weight[0], bias[0]))
@@ -73,7 +69,7 @@ def conv_gru_step(
     if h is None:
         h = torch.zeros_like(z)
     n = torch.tanh(gate(x, r * h, weight[2], bias[2]))
-    return affine_relu(h + z * (n - h), scale, shift), c
+    return h + z * (n - h), c
 
 
 def conv_lstm_step(
@@ -82,8 +78,6 @@ def conv_lstm_step(
     c: Optional[torch.Tensor],
     weight: torch.Tensor,
     bias: torch.Tensor,
-    scale: Optional[torch.Tensor] = None,
-    shift: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """c' = f ⊙ c + i ⊙ g and h' = o ⊙ tanh(c'), gates in the order i, f, o, g."""
     i = torch.sigmoid(gate(x, h, weight[0], bias[0]))
@@ -93,4 +87,4 @@ def conv_lstm_step(
     if c is None:
         c = torch.zeros_like(g)  # not skipped: the forget gate stays in the graph, so DDP finds every parameter used
     c = f * c + i * g
-    return affine_relu(o * torch.tanh(c), scale, shift), c
+    return o * torch.tanh(c), c

@@ -11,11 +11,16 @@ import subprocess
 from argparse import Namespace
 from datetime import date
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from filelock import FileLock
 
 from ..results import COLUMNS, CURVE
 
-__all__ = ['append_row', 'code_commit', 'learning_curve', 'make_row', 'newest_checkpoint', 'run_name']
+__all__ = [
+    *('append_row', 'code_commit', 'learning_curve', 'live_accuracy', 'make_row', 'newest_checkpoint', 'read_result'),
+    'run_name',
+]
 
 # fmt: off
 # Where and with what help a run computes, and what has a column of its own: not among the overrides.
@@ -30,6 +35,7 @@ DATASETS = dict(
     cifar100='CIFAR-100',
     fashion_mnist='Fashion-MNIST',
 )
+LIVE = re.compile(r'^Test: .*Acc@1: +[\d.]+ \( *([\d.]+)\)')
 THROUGHPUT = re.compile(r'^Train: (\d+) .*\([\d.]+s, +([\d.]+)/s\)')
 
 
@@ -77,11 +83,14 @@ def learning_curve(output: Path) -> List[Dict[str, float]]:
             header = cells
         elif len(cells) == len(header):
             values = dict(zip(header, cells))
-            epoch = int(values['epoch']) + 1
+            try:
+                epoch, lr, train_loss = int(values['epoch']) + 1, float(values['lr']), float(values['train_loss'])
+            except (KeyError, ValueError):
+                raise ValueError(f'{str(file)!r} is damaged: it needs epoch, lr and train_loss.') from None
             rows[epoch] = dict(
                 epoch=epoch,
-                lr=float(values['lr']),
-                train_loss=float(values['train_loss']),
+                lr=lr,
+                train_loss=train_loss,
                 eval_loss=float(values.get('eval_loss', 'nan')),
                 top1=float(values.get('eval_top1', 'nan')),
                 top5=float(values.get('eval_top5', 'nan')),
@@ -101,17 +110,45 @@ def throughput(output: Path) -> Optional[float]:
     return values[len(values) // 2] if values else None
 
 
+def live_accuracy(output: Path) -> Optional[float]:
+    """Top-1 of the last weights themselves, where averaged ones are reported: the last line of train.py's own test."""
+    found = None
+    file = output / 'train.log'
+    for line in file.read_text(encoding='utf-8', errors='replace').splitlines() if file.is_file() else ():
+        match = LIVE.match(line)
+        found = float(match[1]) if match else found
+    return found
+
+
+def read_result(file: Path) -> Dict[str, Any]:
+    """The row that a finished run left in result.json.
+
+    Raises:
+        ValueError: It is damaged; in one line.
+    """
+    try:
+        row = json.loads(file.read_text(encoding='utf-8'))
+        if not {'run', 'top1', 'top5', 'epochs', 'weights'} <= row.keys():
+            raise ValueError('it lacks a key')
+        return row
+    except (ValueError, AttributeError) as e:
+        raise ValueError(f'{str(file)!r} is damaged ({e}); delete it, and the same command writes it anew.') from None
+
+
 def dataset_name(settings: Dict[str, Any]) -> Tuple[str, str]:
     """Key and name of the data set: what prepare_data.py noted, torchvision's, or else the folder's name."""
     key = settings['dataset'].split('/')[-1]
     prepared = Path(settings['data_dir']) / 'prepared.json'
     if not key and prepared.is_file():
-        key = json.loads(prepared.read_text(encoding='utf-8'))['dataset']
+        try:
+            key = str(json.loads(prepared.read_text(encoding='utf-8'))['dataset'])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{str(prepared)!r} is damaged: it does not say which data set this is.') from None
     key = key or Path(settings['data_dir']).resolve().name
     return key, DATASETS.get(key, key)
 
 
-def overrides(settings: Dict[str, Any], given: List[str]) -> str:
+def overrides(settings: Dict[str, Any], given: Sequence[str]) -> str:
     """The flags given besides the recipe that change what is computed, as on a command line."""
     words = []
     for name in sorted(given):
@@ -131,10 +168,11 @@ def model_kwargs(settings: Dict[str, Any]) -> str:
     return ' '.join(f'{k}={v!r}'.replace(' ', '').replace("'", '') for k, v in settings['model_kwargs'].items())
 
 
-def run_name(settings: Dict[str, Any], recipe: Path) -> str:
+def run_name(settings: Dict[str, Any], recipe: Path, given: Sequence[str] = ()) -> str:
     """A name for a run, and for its folder unless one is given: everything that tells it from its neighbours."""
     words = [settings['model'], *re.findall(r'\w+', model_kwargs(settings)), recipe.stem, dataset_name(settings)[0]]
-    return '-'.join([*words, f'e{settings["epochs"]}', f's{settings["seed"]}'])
+    changed = [w for w in re.findall(r'[\w.]+', overrides(settings, [n for n in given if n != 'epochs']))]
+    return '-'.join([*words, f'e{settings["epochs"]}', *changed, f's{settings["seed"]}'])[:200]
 
 
 def device_name(device: str) -> str:
@@ -144,9 +182,10 @@ def device_name(device: str) -> str:
     if device.startswith('cuda'):
         return torch.cuda.get_device_name(device)
     try:
-        name = re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text(encoding='utf-8'))[1]
-    except (OSError, TypeError):
-        name = platform.processor() or platform.machine()
+        found = re.search(r'model name\s*: (.+)', Path('/proc/cpuinfo').read_text(encoding='utf-8'))
+    except OSError:
+        found = None
+    name = found[1] if found else platform.processor() or platform.machine()
     return f'{name}, {torch.get_num_threads()} thread{"s" * (torch.get_num_threads() > 1)}'
 
 
@@ -185,6 +224,8 @@ def make_row(
     from ..complexity import complexity
 
     curve = learning_curve(output)
+    if not curve:
+        raise ValueError(f'{str(output / "summary.csv")!r} has no epoch, so there is nothing to record.')
     last, best = curve[-1], max(curve, key=lambda row: row['top1'])
     kwargs = dict(num_classes=settings['num_classes'], in_chans=settings['in_chans'], **settings['model_kwargs'])
     size = settings['input_size']
@@ -196,7 +237,7 @@ def make_row(
     versions = dict(timm_regnet_rnn=__version__, timm=timm.__version__, torch=torch.__version__)
     versions.update(torchvision=torchvision.__version__, huggingface_hub=huggingface_hub.__version__)
     row = dict(
-        run=run_name(settings, recipe),
+        run=run_name(settings, recipe, given),
         date=date.today().isoformat(),
         model=settings['model'],
         model_kwargs=model_kwargs(settings),
@@ -230,11 +271,9 @@ def append_row(results: Path, row: Dict[str, Any], curve: List[Dict[str, float]]
     Returns:
         The row as written.
     """
-    import fcntl
-
     results.parent.mkdir(parents=True, exist_ok=True)
-    with results.open('a+', encoding='utf-8', newline='') as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    lock = FileLock(str(results.with_name(f'.{results.name}.lock')))
+    with lock, results.open('a+', encoding='utf-8', newline='') as file:
         file.seek(0)
         taken = {line['run'] for line in csv.DictReader(file)}
         names = [row['run'], *(f'{row["run"]}-r{i}' for i in range(2, len(taken) + 2))]

@@ -1,0 +1,225 @@
+"""The fused steps as ops of torch's library `timm_regnet_rnn`, one per cell, whatever the device.
+
+An op has one schema, one fake kernel, one formula for autograd and one rule for autocast; its kernels are those of
+fused_cpu.py and fused_cuda.py, imported (and the first one compiled) when the first tensor of their device arrives.
+Forward saves its inputs only, and backward computes the gates again. A backward pass that is differentiated itself
+(`create_graph=True`) goes through the reference, which torch can differentiate as often as it likes.
+
+Shapes are those of the package's docstring.
+"""
+
+import importlib
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor, library
+
+from . import reference
+
+__all__ = ['STEPS', 'batch_norm_relu', 'unavailable']
+
+KERNELS = {'cpu': 'fused_cpu', 'cuda': 'fused_cuda'}  # device type -> module of this package
+GATES = {'conv_rnn': 1, 'conv_gru': 3, 'conv_lstm': 4}
+Maybe = Optional[Tensor]
+
+
+def kernels(device: str) -> Any:
+    """The module with the kernels of a type of device."""
+    return importlib.import_module(f'.{KERNELS[device]}', __package__)
+
+
+@torch.compiler.assume_constant_result
+def unavailable(device: str) -> str:
+    """Why there are no kernels for a type of device, '' if there are."""
+    return (
+        kernels(device).unavailable() if device in KERNELS else f'the fused ops are for the CPU and CUDA, not {device}'
+    )
+
+
+@torch.compiler.assume_constant_result
+def converts(device: str) -> bool:
+    """Whether the kernels of a type of device take float32 in channels_last alone."""
+    return kernels(device).CONVERTS
+
+
+def check(cell: str, x: Tensor, h: Maybe, c: Maybe, weight: Tensor, bias: Tensor, lanes: int = 1) -> None:
+    """Refuse what a kernel, which only sees addresses, would read wrongly.
+
+    Args:
+        lanes: What the number of channels must be a multiple of.
+
+    Raises:
+        ValueError: Shapes or devices do not fit each other.
+    """
+    gates, n = GATES[cell], x.shape[1] if x.ndim == 4 else 0
+    states = all(state is None or state.shape == x.shape for state in (h, c))
+    if not (n and n % lanes == 0 and states and weight.shape == (gates, n, 2, 3, 3) and bias.shape == (gates, n)):
+        shapes = ', '.join('None' if t is None else str(tuple(t.shape)) for t in (x, h, c, weight, bias))
+        multiple = f'N a multiple of {lanes}, ' if lanes > 1 else ''
+        raise ValueError(
+            f'x, h, c must be (B, N, H, W), {multiple}weight ({gates}, N, 2, 3, 3), bias ({gates}, N); got {shapes}.'
+        )
+    check_devices(x, h, c, weight, bias)
+
+
+def check_devices(*tensors: Maybe) -> None:
+    """Raise ValueError unless all tensors are on one device."""
+    devices = sorted({str(t.device) for t in tensors if t is not None})
+    if len(devices) > 1:
+        raise ValueError(f'expected all tensors to be on one device, but found {" and ".join(devices)}.')
+
+
+def through_reference(cell: str, tensors: Tuple[Maybe, ...], grads: Tuple[Maybe, ...]) -> List[Maybe]:
+    """Gradients of the op's seven inputs, by the reference; they can be differentiated where the inputs can."""
+    with torch.enable_grad():
+        x, h, c, weight, bias, scale, shift = tensors
+        step = getattr(reference, f'{cell}_step')
+        out, state = step(x, h, c, weight.to(x.dtype), bias.to(x.dtype))  # type: ignore[union-attr]
+        outs = [reference.affine_relu(out, scale, shift), state]
+        pairs = [(o, g) for o, g in zip(outs, grads) if g is not None and o is not None and o.requires_grad]
+        wanted = [t for t in tensors if t is not None and t.requires_grad]
+        if not pairs or not wanted:
+            return [None] * len(tensors)
+        outs, seeds = zip(*pairs)  # type: ignore[assignment]
+        found = iter(torch.autograd.grad(outs, wanted, seeds, create_graph=True, allow_unused=True))
+        return [next(found) if t is not None and t.requires_grad else None for t in tensors]
+
+
+def _register(cell: str) -> Callable[..., Tuple[Tensor, Maybe]]:
+    """The ops `{cell}` and `{cell}_backward`, and the step that calls them."""
+    has_c = cell == 'conv_lstm'
+
+    def forward(
+        x: Tensor,
+        h: Optional[Tensor],
+        c: Optional[Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        scale: Optional[Tensor],
+        shift: Optional[Tensor],
+    ) -> List[Tensor]:
+        return kernels(x.device.type).forward(cell, x, h, c, weight, bias, scale, shift)
+
+    def backward(
+        x: Tensor,
+        h: Optional[Tensor],
+        c: Optional[Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        dh_out: Optional[Tensor],
+        dc_out: Optional[Tensor],
+    ) -> List[Tensor]:
+        return kernels(x.device.type).backward(cell, x, h, c, weight, bias, dh_out, dc_out)
+
+    devices = tuple(KERNELS)
+    op = library.custom_op(f'timm_regnet_rnn::{cell}', forward, mutates_args=(), device_types=devices)
+    op_backward = library.custom_op(
+        f'timm_regnet_rnn::{cell}_backward', backward, mutates_args=(), device_types=devices
+    )
+
+    @op.register_fake
+    def _(x, h, c, weight, bias, scale, shift):
+        check_devices(x, h, c, weight, bias, scale, shift)
+        return [kernels(x.device.type).empty(x) for _ in range(1 + has_c)]
+
+    @op_backward.register_fake
+    def _(x, h, c, weight, bias, dh_out, dc_out):
+        check_devices(x, h, c, weight, bias, dh_out, dc_out)
+        empty = kernels(x.device.type).empty
+        states = [empty(x) for state in (h, c) if state is not None]
+        return [empty(x), weight.new_empty(weight.shape), bias.new_empty(bias.shape), *states]
+
+    def setup_context(ctx, inputs, output):
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+
+    def differentiate(ctx, grads):
+        x, h, c, weight, bias, scale, shift = ctx.saved_tensors
+        dh_out, dc_out, dscale, dshift = grads[0], grads[1] if has_c else None, None, None
+        if torch.is_grad_enabled():  # this pass is to be differentiated in its turn
+            return tuple(through_reference(cell, ctx.saved_tensors, (dh_out, dc_out)))
+        if scale is not None and dh_out is not None:  # rare, so h' is computed again rather than kept
+            raw = op(x, h, c, weight, bias, None, None)[0]
+            dh_out = dh_out * (raw * scale[:, None, None] + shift[:, None, None] > 0)
+            dscale, dshift = (dh_out * raw).sum((0, 2, 3)), dh_out.sum((0, 2, 3))
+            dh_out = dh_out * scale[:, None, None]
+        dx, dweight, dbias, *states = op_backward(x, h, c, weight, bias, dh_out, dc_out)
+        dh = None if h is None else states.pop(0)
+        return dx, dh, None if c is None else states.pop(0), dweight, dbias, dscale, dshift
+
+    op.register_autograd(differentiate, setup_context=setup_context)
+    op.register_autocast('cpu', torch.float32)
+
+    def step(x, h, c, weight, bias, scale=None, shift=None):
+        """On the CPU bfloat16 and NCHW are converted, which is little work beside the step; c' is channels_last then.
+
+        Under autocast x, h and c are cast to its type; on the CPU h' is, and the step itself is in float32.
+        """
+        device, state = x.device.type, c if has_c else None
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        if not converts(device):
+            if autocast:
+                x, h, state = (None if t is None else t.to(dtype) for t in (x, h, state))
+            outs = op(x, h, state, weight, bias, scale, shift)
+            return outs[0], outs[1] if has_c else c
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        if dtype != torch.float32:
+            tensors = (x, h, state, weight, bias, scale, shift)
+            x, h, state, weight, bias, scale, shift = (None if t is None else t.float() for t in tensors)
+        outs = [out.to(dtype) for out in op(x, h, state, weight, bias, scale, shift)]
+        return outs[0].contiguous(memory_format=layout), outs[1] if has_c else c
+
+    return step
+
+
+STEPS: Dict[str, Callable[..., Tuple[Tensor, Maybe]]] = {cell: _register(cell) for cell in GATES}
+
+
+@library.custom_op('timm_regnet_rnn::batch_norm_relu', mutates_args=(), device_types='cpu')
+def _batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+    return kernels('cpu').batch_norm_relu(x, weight, bias, eps)
+
+
+@library.custom_op('timm_regnet_rnn::batch_norm_relu_backward', mutates_args=(), device_types='cpu')
+def _batch_norm_relu_backward(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, mean: Tensor, var: Tensor, dy: Tensor
+) -> Tuple[Tensor, Tensor, Tensor]:
+    return kernels('cpu').batch_norm_relu_backward(x, weight, bias, eps, mean, var, dy)
+
+
+@_batch_norm_relu.register_fake
+def _(x, weight, bias, eps):
+    check_devices(x, weight, bias)
+    return kernels('cpu').empty(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@_batch_norm_relu_backward.register_fake
+def _(x, weight, bias, eps, mean, var, dy):
+    check_devices(x, weight, bias, mean, var, dy)
+    return kernels('cpu').empty(x), torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _setup_norm(ctx, inputs, output):
+    x, weight, bias, ctx.eps = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(x, weight, bias, *output[1:])
+
+
+def _differentiate_norm(ctx, dy, _, __):
+    x, weight, bias, mean, var = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        with torch.enable_grad():
+            y = reference.batch_norm_relu(x, weight, bias, ctx.eps)[0]
+            wanted = [t for t in (x, weight, bias) if t.requires_grad]
+            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
+        return *(next(found) if t.requires_grad else None for t in (x, weight, bias)), None
+    return *_batch_norm_relu_backward(x, weight, bias, ctx.eps, mean, var, dy), None
+
+
+_batch_norm_relu.register_autograd(_differentiate_norm, setup_context=_setup_norm)
+
+
+def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
+    """ReLU(BN(x)) in training mode, and the mean and (biased) variance of x, (N,), without gradients."""
+    return _batch_norm_relu(x, weight, bias, eps)
