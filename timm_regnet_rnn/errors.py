@@ -5,12 +5,16 @@ through `logging` under the name `timm_regnet_rnn`.
 """
 
 import argparse
+import difflib
+import logging
 import os
+import re
 import sys
 import traceback
-from typing import Callable, NoReturn, Tuple, Type
+from contextlib import contextmanager
+from typing import Callable, Iterable, Iterator, NoReturn, Sequence, Tuple, Type
 
-__all__ = ['EXPECTED', 'Parser', 'UsageError', 'one_line', 'report', 'run_command']
+__all__ = ['EXPECTED', 'Parser', 'UsageError', 'did_you_mean', 'one_line', 'report', 'run_command']
 
 
 class UsageError(ValueError):
@@ -25,8 +29,25 @@ class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the error and end the process with status 2."""
+        """Print the error, with the choice that may have been meant, and end the process with status 2."""
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if choice:
+            hint = did_you_mean(choice[1], re.findall(r'[\w-]+', choice[2]))
+            message = f'{message}.{hint}'
         self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
+
+
+    def refuse(self, words: Sequence[str]) -> NoReturn:
+        """End the process for words that are none of this parser's arguments."""
+        flag = next((word.split('=')[0] for word in words if word.startswith('-')), '')
+        hint = did_you_mean(flag, self._option_string_actions)
+        self.error(f'unrecognized arguments: {" ".join(words)}.{hint}')
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """A sentence, with the space before it, on the nearest of the words; empty if none is near."""
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f' Did you mean {close[0]!r}?' if close else ''
 
 
 def one_line(error: BaseException) -> str:
@@ -53,6 +74,34 @@ def report(prog: str, message: str) -> None:
     print(f'{prog}: {message}', file=sys.stderr)
 
 
+class _Lines(logging.Handler):
+    """Log records as the lines of a command."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(logging.INFO)
+        self.prog = prog
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a record's message."""
+        report(self.prog, record.getMessage())
+
+
+@contextmanager
+def _logged(prog: str) -> Iterator[None]:
+    """Print what this package logs; the Hub's client is silent about its own retries, of which ours tell."""
+    ours, client, handler = logging.getLogger('timm_regnet_rnn'), logging.getLogger('huggingface_hub'), _Lines(prog)
+    levels = ours.level, client.level
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    client.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(levels[0])
+        client.setLevel(levels[1])
+
+
 def run_command(
     prog: str,
     function: Callable[[], int],
@@ -71,7 +120,8 @@ def run_command(
         The exit status: the function's, 2 after an error, 130 after Ctrl-C, 0 where the reader of a pipe has gone.
     """
     try:
-        return function()
+        with _logged(prog):
+            return function()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -20,8 +20,8 @@ from timm.models import is_model, is_model_in_modules
 from timm.utils import reparameterize_model
 
 from . import __version__, ops
-from .cli import class_names, create
 from .errors import UsageError
+from .inference import class_names, create
 
 __all__ = ['FORMATS', 'export']
 
@@ -146,6 +146,14 @@ def _place(file: Path, data: bytes, check: Callable[[Path], float]) -> float:
         scratch.unlink(missing_ok=True)
 
 
+def _stem(name: str) -> str:
+    """How a file of a model is called: as the model, or as the run whose checkpoint it is."""
+    path = Path(name.partition(':')[2] or name).resolve()
+    if path.is_file():
+        return path.parent.name if path.name.endswith('.tar') else path.stem
+    return path.name
+
+
 def export(
     name: str,
     file: Optional[Union[str, Path]],
@@ -154,6 +162,7 @@ def export(
     image_size: Optional[int] = None,
     batch_size: Optional[int] = None,
     reparameterize: Optional[bool] = None,
+    ema: Optional[bool] = None,
 ) -> Tuple[Path, float]:
     """Write a model to a file and compare what that holds with the eager model.
 
@@ -163,13 +172,14 @@ def export(
     what its classes are: ONNX in `metadata_props`, programs in an extra file `about.json`, safetensors in the header.
 
     Args:
-        name: NAME[.TAG] of a model of this package, hf-hub:ORG/NAME or local-dir:FOLDER.
-        file: Where to write; None for NAME and the format's ending in the current folder.
+        name: What names a model of this package, as for `inference.create`.
+        file: Where to write; None for NAME, or that of the run, and the format's ending in the current folder.
         format: 'onnx', 'torch-export' or 'safetensors'.
         checkpoint: Weights to take instead of the pretrained ones.
         image_size: Height and width of the input; the model's test size if None.
         batch_size: A fixed batch size; any if None.
         reparameterize: False to export the model as it was trained; True if None.
+        ema: Which of a run's two sets of weights, as for `inference.create`.
 
     Returns:
         The file, and the largest difference to the eager model's logits relative to their scale.
@@ -188,7 +198,7 @@ def export(
         if value is not None and value < 1:
             raise UsageError(f'{what} size must be at least 1, got {value}.')
     ending = FORMATS[format]
-    file = Path(file) if file is not None else Path(Path(name.partition(':')[2] or name).resolve().name + ending)
+    file = Path(file if file is not None else _stem(name) + ending)
     if file.suffix != ending:
         raise UsageError(f'a {format} file must end in {ending}, got {str(file)!r}.')
     if file.is_dir() or not file.parent.is_dir():
@@ -201,7 +211,10 @@ def export(
         raise RuntimeError(f"ONNX needs {', '.join(missing)}: pip install 'timm-regnet-rnn[export]'")
 
     with ops.use('reference'), torch.no_grad():  # an exported graph must run where this package is not
-        model = create(name, checkpoint)
+        model = create(name, checkpoint, ema)
+        architecture = model.pretrained_cfg['architecture']
+        if not is_model_in_modules(architecture, ['regnet_rnn']):
+            raise UsageError(f'{architecture!r} is no model of this package; `timm-regnet-rnn list` prints the names.')
         state = model.state_dict()
         broken = next((k for k, v in state.items() if not v.isfinite().all()), None)
         if broken:

@@ -66,8 +66,13 @@ class Trained:
         return dataset_name(self.settings)[1] if self.settings.get('data_dir') else ''
 
 
-def read_tensors(file: Path, ema: bool) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+def read_tensors(file: Path, ema: Optional[bool]) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
     """The weights in a checkpoint of train.py or in a safetensors file, and what stands beside them.
+
+    Args:
+        file: The file.
+        ema: Take the averaged weights, or the others; None for the averaged where there are both, and for a file of
+            nothing but weights too.
 
     Raises:
         UsageError: There are no such weights in it.
@@ -81,6 +86,10 @@ def read_tensors(file: Path, ema: bool) -> Tuple[Dict[str, torch.Tensor], Dict[s
             return load_file(file), f.metadata() or {}
     with torch.serialization.safe_globals([Namespace]):
         state = torch.load(file, map_location='cpu', weights_only=True)
+    if ema is None and isinstance(state, dict):
+        if state and all(isinstance(value, torch.Tensor) for value in state.values()):
+            return clean_state_dict(state), {}
+        ema = 'state_dict_ema' in state
     key = 'state_dict_ema' if ema else 'state_dict'
     if not isinstance(state, dict) or not isinstance(state.get(key), dict):
         raise UsageError(
