@@ -130,7 +130,7 @@ def upload(page, file):
 def says(page, line):
     """Wait for a line where the maps would be; nothing of an earlier image is left."""
     playwright.expect(page.locator('#maps [role=alert]')).to_have_text(line)
-    playwright.expect(page.locator('.toast-body').last).to_contain_text(line)
+    playwright.expect(page.locator('.toast-body')).to_have_count(0)  # said once
     playwright.expect(page.locator('figure')).to_have_count(0)
     playwright.expect(page.get_by_test_id('label-output-value')).to_have_count(0)
 
@@ -149,6 +149,7 @@ def test_a_visit(visit):
     sizes = page.locator('figure.map img').evaluate_all('maps => maps.map(m => [m.naturalWidth, m.naturalHeight])')
     assert sizes == [[32, 32]] * 3 + [[16, 16]] * 3 + [[8, 8]] * 3
     assert len(set(page.locator('figure.map img').evaluate_all('maps => maps.map(m => m.src)'))) == len(BLOCKS)
+    assert page.locator('figure.map .bar i').all_inner_texts() == ['i', 'f', 'o', 'h'] * len(BLOCKS)
     if os.environ.get('SPACE_SCREENSHOT'):
         page.evaluate('document.fonts.ready')
         shot = Image.open(io.BytesIO(page.screenshot(full_page=True)))
@@ -167,25 +168,27 @@ def test_what_cannot_be_shown(visit, tmp_path):
     text = tmp_path / 'text.jpg'
     text.write_text('not an image')
     upload(page, text)
-    says(page, 'This file is not an image; try a JPEG, PNG or WebP.')
+    says(page, 'This file is not an image that Pillow can read.')
 
     cut = tmp_path / 'cut.jpg'
     cut.write_bytes(CAT.read_bytes()[:9000])
     upload(page, cut)
-    says(page, re.compile('This image cannot be read: .*truncated'))
+    says(page, re.compile('Cannot read this file: .*truncated'))
 
     bomb = tmp_path / 'bomb.png'
     Image.new('1', (20_000, 10_000)).save(bomb)
     upload(page, bomb)
-    says(page, re.compile('This image cannot be read: .*200000000 pixels'))
+    says(page, re.compile('Cannot read this file: .*200000000 pixels'))
 
     page.locator('.gallery-item').first.click()
     shows(page, 'airplane')
     page.get_by_label('Model').click()
-    page.get_by_role('option', name='regnet_convlstm_50.resnet50_a1_in1k').click()
+    page.get_by_label('Model').fill('convlstm_50')
+    playwright.expect(page.get_by_role('option')).to_have_count(2)  # with SE, and without
+    page.get_by_role('option', name='regnet_convlstm_50 · resnet50 a1 in1k', exact=True).click()
     says(page, re.compile('The weights of regnet_convlstm_50.resnet50_a1_in1k cannot be loaded: '))
     page.get_by_label('Model').click()
-    page.get_by_role('option', name='regnet_convlstm_20.cifar10_jpeg75').click()
+    page.get_by_role('option', name='regnet_convlstm_20 · cifar10 jpeg75, 85.3 %', exact=True).first.click()
     shows(page, 'airplane')
 
 
@@ -224,6 +227,18 @@ def test_phone(visit):
         'all => Math.max(...all.map(e => e.getBoundingClientRect().right))'
     )
     assert right <= 390
+    below = page.locator('figure.map').first.bounding_box()['y']
+    assert below < page.get_by_label('Model').bounding_box()['y']  # right under the picture
+    assert below < 1.2 * 844
+
+
+def test_help_and_flags():
+    done = [
+        subprocess.run([sys.executable, str(APP), *flags], capture_output=True, text=True, timeout=120)
+        for flags in (['--help'], ['--modle', 'x'])
+    ]
+    assert done[0].returncode == 0 and 'usage: app.py' in done[0].stdout
+    assert done[1].returncode == 2 and done[1].stderr.count('\n') == 1
 
 
 def test_card():

@@ -72,8 +72,9 @@ def enable() -> Path:
         RuntimeError: The package is not installed in this interpreter's site-packages.
         OSError: The folder cannot be written.
     """
+    here: Optional[Path]
     try:
-        here = Path(distribution('timm-regnet-rnn')._path).resolve().parent
+        here = Path(str(distribution('timm-regnet-rnn').locate_file(''))).resolve()
     except PackageNotFoundError:
         here = None
     if here not in _site_dirs():

@@ -326,9 +326,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         Exit status: 0, or 2 after one line on stderr that says what was wrong, 130 after Ctrl-C.
     """
-    args, args.flags = make_parser().parse_known_args(argv)
-    if args.flags and args.command != 'train':
-        args.parser.refuse(args.flags)
+    args, flags = make_parser().parse_known_args(argv)
+    args.flags = flags
+    if flags and args.command != 'train':
+        args.parser.refuse(flags)
     if args.command == 'run':
         try:
             return cmd_run(args)  # the script's own exceptions are its own

@@ -36,7 +36,6 @@ class Parser(argparse.ArgumentParser):
             message = f'{message}.{hint}'
         self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
 
-
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """End the process for words that are none of this parser's arguments."""
         flag = next((word.split('=')[0] for word in words if word.startswith('-')), '')

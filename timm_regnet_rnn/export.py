@@ -6,7 +6,6 @@ The file is written beside its final name, loaded again and compared with the ea
 import importlib.util
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Union
 
@@ -21,7 +20,8 @@ from timm.utils import reparameterize_model
 
 from . import __version__, ops
 from .errors import UsageError
-from .inference import class_names, create
+from .files import place
+from .inference import Model, class_names, create
 
 __all__ = ['FORMATS', 'export']
 
@@ -30,7 +30,7 @@ TOLERANCE = 1e-4  # largest difference of logits, relative to their scale
 ONNX_LIMIT = 2**31 - 1  # bytes in one protobuf message
 
 
-def _describe(model: nn.Module, checkpoint: Optional[str], image_size: Optional[int]) -> Dict[str, Any]:
+def _describe(model: Model, checkpoint: Optional[str], image_size: Optional[int]) -> Dict[str, Any]:
     """What the user of a file needs to know: the model, its input and, where known, its classes."""
     cfg = model.pretrained_cfg
     tag = None if checkpoint else cfg.get('tag')
@@ -60,7 +60,7 @@ def _to_onnx(net: nn.Module, x: torch.Tensor, batch: Optional[torch.export.Dim],
 
     if sum(t.numel() * t.element_size() for t in net.state_dict().values()) > ONNX_LIMIT:
         raise ValueError('an ONNX file holds at most 2 GB, and this model is larger; torch-export takes it.')
-    program = torch.onnx.export(
+    program: Any = torch.onnx.export(
         net,
         (x,),
         dynamo=True,
@@ -126,24 +126,6 @@ def _compare_weights(file: Path, state: Dict[str, torch.Tensor]) -> float:
         if set(f.keys()) != set(state) or not all(torch.equal(f.get_tensor(k), v) for k, v in state.items()):
             raise RuntimeError(f'{str(file)!r} reads otherwise than it was written.')
     return 0.0
-
-
-def _place(file: Path, data: bytes, check: Callable[[Path], float]) -> float:
-    """Write a file that has its name only once it is whole, on the disk and checked."""
-    scratch = file.with_name(f'.{os.getpid()}.{file.name}')
-    try:
-        try:
-            with open(scratch, 'wb') as f:
-                f.write(data)
-                f.flush()
-                os.fsync(f.fileno())
-        except OSError as e:
-            raise OSError(f'cannot write {str(file)!r} ({e.strerror}).') from None
-        result = check(scratch)
-        os.replace(scratch, file)
-        return result
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _stem(name: str) -> str:
@@ -222,11 +204,11 @@ def export(
         about = _describe(model, checkpoint, image_size)
         if format == 'safetensors':
             data = save({k: v.contiguous() for k, v in state.items()}, metadata=dict(about, format='pt'))
-            return file, _place(file, data, lambda scratch: _compare_weights(scratch, state))
+            return file, place(file, data, lambda scratch: _compare_weights(scratch, state))
         size = tuple(json.loads(about['input_size']))
         net = model if reparameterize is False else reparameterize_model(model)
         to, read = (_to_onnx, _from_onnx) if format == 'onnx' else (_to_program, _from_program)
         batch = None if batch_size else torch.export.Dim('batch', min=1)
         data = to(net, torch.zeros(batch_size or 2, *size), batch, about)
         batches = (batch_size,) if batch_size else (1, 3)  # neither is the batch of the export
-        return file, _place(file, data, lambda scratch: _compare(read(scratch), model, size, batches))
+        return file, place(file, data, lambda scratch: _compare(read(scratch), model, size, batches))

@@ -50,8 +50,8 @@ def image_paths(names: Sequence[Union[str, Path]]) -> List[Path]:
 def _eight_bits(image: Image.Image, png: bool) -> Image.Image:
     """A grey image of more than 8 bits a pixel, brought to 8; Pillow's own conversion clips.
 
-    16-bit integers, which PNG's always are, are divided by 256. Others say nothing of their range: it is that of 8 bits, of 16 bits or, for
-    floating point, from 0 to 1, the smallest that holds the largest value.
+    16-bit integers, which those of PNG always are, are divided by 256. Others say nothing of their range: it is that
+    of 8 bits, of 16 bits or, for floating point, from 0 to 1, the smallest that holds the largest value.
     """
     values = np.asarray(image, dtype=np.float64)
     low, high = float(values.min()), float(values.max())
@@ -77,9 +77,9 @@ def read_image(path: Union[str, Path], mode: str = 'RGB') -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # a large picture is read, and a too large one is an error
-            with Image.open(path, formats=formats()) as image:
-                png = image.format == 'PNG'
-                image = ImageOps.exif_transpose(image)
+            with Image.open(path, formats=formats()) as file:
+                png = file.format == 'PNG'
+                image = ImageOps.exif_transpose(file)
                 if image.mode.startswith(('I', 'F')):
                     image = _eight_bits(image, png)
                 if image.has_transparency_data:

@@ -12,14 +12,15 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tupl
 
 import timm
 import torch
-import torch.nn as nn
 from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.models import get_pretrained_cfg, is_model, is_model_in_modules, is_model_pretrained
+from timm.models import get_pretrained_cfg, is_model, is_model_pretrained
 
 from .errors import UsageError, did_you_mean
 from .images import read_image
+
+Model = Any  # a timm model; what timm sets on its models has no types
 
 __all__ = ['check_device', 'class_names', 'create', 'predictions', 'preprocessing']
 
@@ -66,7 +67,7 @@ def check_name(name: str) -> None:
         raise UsageError(f'{model!r} has no tag {tag!r}; {what}.{did_you_mean(tag, tags)}')
 
 
-def class_names(model: nn.Module) -> List[str]:
+def class_names(model: Model) -> List[str]:
     """One readable name per class: the weights' own, else ImageNet's, else numbers."""
     names = model.pretrained_cfg.get('label_names')
     if names and len(names) == model.num_classes:
@@ -114,7 +115,7 @@ def _metadata(info: Dict[str, Any]) -> Dict[str, Any]:
     return {k: v if k in ('interpolation', 'crop_mode') else json.loads(v) for k, v in values.items()}
 
 
-def _from_file(file: Path, name: Optional[str], ema: Optional[bool]) -> nn.Module:
+def _from_file(file: Path, name: Optional[str], ema: Optional[bool]) -> Model:
     """The model of a checkpoint or safetensors file; `name` where the file does not say, or must say so."""
     from .weights.folder import read_tensors
 
@@ -126,10 +127,12 @@ def _from_file(file: Path, name: Optional[str], ema: Optional[bool]) -> nn.Modul
         raise UsageError(f'{str(file)!r} is of {stated}, not of {name}.')
     model_name = (name or stated or '').split('.')[0]
     if not model_name:
-        raise UsageError(f'{str(file)!r} does not say which model it is of; give the model, and the file by --checkpoint.')
+        raise UsageError(
+            f'{str(file)!r} does not say which model it is of; give the model, and the file by --checkpoint.'
+        )
     check_name(model_name)
     try:
-        cfg = get_pretrained_cfg(model_name)
+        cfg: Any = get_pretrained_cfg(model_name)
         kwargs = dict(run.get('model_kwargs') or json.loads(info.get('model_args', '{}')))
         if run.get('gp'):
             kwargs['global_pool'] = run['gp']
@@ -147,7 +150,7 @@ def _from_file(file: Path, name: Optional[str], ema: Optional[bool]) -> nn.Modul
         )
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UsageError(f'what {str(file)!r} says of itself cannot be read: {e}') from None
-    model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    model: Model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
     model.pretrained_cfg.pop('state_dict', None)
     model.pretrained_cfg.update(tag=None, input_size=cfg.input_size)
     if run or said:
@@ -184,7 +187,7 @@ def _checkpoint_of(folder: Path) -> Path:
     return file
 
 
-def create(name: str, checkpoint: Optional[Union[str, Path]] = None, ema: Optional[bool] = None) -> nn.Module:
+def create(name: str, checkpoint: Optional[Union[str, Path]] = None, ema: Optional[bool] = None) -> Model:
     """A model in eval mode with weights, whose `pretrained_cfg` says what its input and its classes are.
 
     Args:
@@ -206,7 +209,7 @@ def create(name: str, checkpoint: Optional[Union[str, Path]] = None, ema: Option
         from .weights import pull
 
         pull.check_source(name)
-        kwargs = {}
+        kwargs: Dict[str, Any] = {}
         if checkpoint is not None:
             kwargs = dict(pretrained_cfg_overlay=dict(file=str(checkpoint), hf_hub_id=None, source=None))
         return timm.create_model(name, pretrained=True, **kwargs).eval()
@@ -226,7 +229,7 @@ def create(name: str, checkpoint: Optional[Union[str, Path]] = None, ema: Option
     return timm.create_model(name, pretrained=True).eval()
 
 
-def preprocessing(model: nn.Module) -> Tuple[Dict[str, Any], Callable[[Union[str, Path]], torch.Tensor]]:
+def preprocessing(model: Model) -> Tuple[Dict[str, Any], Callable[[Union[str, Path]], torch.Tensor]]:
     """How a model's input is made.
 
     Returns:
@@ -254,13 +257,13 @@ def preprocessing(model: nn.Module) -> Tuple[Dict[str, Any], Callable[[Union[str
 
 
 @torch.inference_mode()
-def probabilities(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def probabilities(model: Model, x: torch.Tensor) -> torch.Tensor:
     """Probabilities of the classes (B, N) for images (B, C, H, W), on the CPU in float32."""
     return model(x).float().softmax(-1).cpu()
 
 
 def predictions(
-    model: nn.Module, paths: Sequence[Union[str, Path]], topk: int = 5, device: Union[str, torch.device] = 'cpu'
+    model: Model, paths: Sequence[Union[str, Path]], topk: int = 5, device: Union[str, torch.device] = 'cpu'
 ) -> Iterator[Dict[str, Any]]:
     """Classify images one by one.
 

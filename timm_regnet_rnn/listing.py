@@ -45,7 +45,9 @@ def list_rows(pattern: str = '*', pretrained: bool = False, sort: str = 'name') 
     for name, sizes in COMPLEXITY.items():
         tags = _tags(name)
         if fnmatch.fnmatch(name, pattern) and (tags or not pretrained):
-            measured = {tag: RELEASED[f'{name}.{tag}']['metrics']['top1'] for tag in tags if f'{name}.{tag}' in RELEASED}
+            measured = {
+                tag: RELEASED[f'{name}.{tag}']['metrics']['top1'] for tag in tags if f'{name}.{tag}' in RELEASED
+            }
             rows.append(dict(name=name, **sizes, tags=tags, top1=measured))
     if sort == 'top1':
         rows.sort(key=lambda row: -max(row['top1'].values(), default=-1))

@@ -93,7 +93,7 @@ def read_tensors(file: Path, ema: Optional[bool]) -> Tuple[Dict[str, torch.Tenso
     key = 'state_dict_ema' if ema else 'state_dict'
     if not isinstance(state, dict) or not isinstance(state.get(key), dict):
         raise UsageError(
-            f"{str(file)!r} has no {key!r}; expected a checkpoint of timm's train.py{' --model-ema' * ema}."
+            f"{str(file)!r} has no {key!r}; expected a checkpoint of timm's train.py{' --model-ema' * bool(ema)}."
         )
     return clean_state_dict(state[key]), state
 

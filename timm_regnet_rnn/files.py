@@ -1,0 +1,69 @@
+"""Files that have their name only once they are whole; what a killed process left behind is cleared by the next."""
+
+import contextlib
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any, Callable, Iterator, TypeVar
+
+try:
+    import fcntl
+except ImportError:  # Windows: what was left behind stays there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ['place']
+
+Result = TypeVar('Result')
+YOUNG = 60  # seconds in which a file that nobody holds yet may still be about to be locked
+
+
+def _clear(file: Path) -> None:
+    """Remove the scratch files of `file` that no process holds."""
+    for left in file.parent.glob(f'.*.{file.name}') if fcntl else ():
+        if re.fullmatch(rf'\.\d+\.{re.escape(file.name)}', left.name):
+            with contextlib.suppress(OSError), left.open('rb') as held:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if time.time() - os.fstat(held.fileno()).st_mtime > YOUNG:
+                    left.unlink()
+
+
+@contextlib.contextmanager
+def _written(scratch: Path, data: bytes) -> Iterator[Any]:
+    """A file with its bytes on the disk, locked as long as the context lasts."""
+    with open(scratch, 'wb') as f:
+        if fcntl:
+            fcntl.flock(f, fcntl.LOCK_SH)
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+        yield f
+
+
+def place(file: Path, data: bytes, check: Callable[[Path], Result]) -> Result:
+    """Write a file that has its name only once it is whole, on the disk and checked.
+
+    Args:
+        file: The file; an older one of that name is replaced, or left as it was.
+        data: Its content.
+        check: Gets the file under another name, and raises what is wrong with it.
+
+    Returns:
+        What `check` returns.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    _clear(file)
+    scratch = file.with_name(f'.{os.getpid()}.{file.name}')
+    with contextlib.ExitStack() as stack:
+        stack.callback(scratch.unlink, missing_ok=True)
+        try:
+            written = stack.enter_context(_written(scratch, data))
+        except OSError as e:
+            raise OSError(f'cannot write {str(file)!r} ({e.strerror}).') from None
+        result = check(scratch)
+        if not fcntl:
+            written.close()  # Windows renames no open file
+        os.replace(scratch, file)
+        return result
