@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import venv
 from pathlib import Path
@@ -90,6 +91,20 @@ def test_only_importing_timm_registers(enabled):
         ),
     ).stdout
     assert out.split('\n')[:4] == ['[]', 'False', 'True', 'False']
+
+
+@pytest.mark.parametrize(
+    'first',
+    [
+        'import importlib.util; assert importlib.util.find_spec("timm") and importlib.util.find_spec("timm")',
+        'import pkgutil; assert pkgutil.find_loader("timm")' if sys.version_info < (3, 12) else 'import pkgutil',
+        'import transformers.utils; assert transformers.utils.is_timm_available()',
+    ],
+    ids=['find_spec', 'find_loader', 'transformers'],
+)
+def test_asking_for_timm_first_changes_nothing(enabled, first):
+    done = run(enabled, '-c', f'{first}; import sys; assert "timm" not in sys.modules; {USE}')
+    assert done.stdout == 'created\n'
 
 
 def test_start_imports_nothing(enabled):

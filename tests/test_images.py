@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_regnet_rnn.errors import UsageError
 from timm_regnet_rnn.images import image_paths, read_image
@@ -31,8 +31,6 @@ def test_upright(cat, tmp_path, orientation, suffix):
     inverse = {2: 2, 3: 3, 4: 4, 5: 5, 6: 8, 7: 7, 8: 6}[orientation]
     exif = Image.Exif()
     exif[0x0112] = inverse
-    from PIL import ImageOps
-
     cat.info['exif'] = exif.tobytes()
     cat.getexif()[0x0112] = inverse
     stored = ImageOps.exif_transpose(cat)  # turned so that `orientation` turns it back

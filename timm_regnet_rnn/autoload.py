@@ -15,7 +15,8 @@ __all__ = ['enable', 'disable', 'enabled_in']
 
 FILENAME = 'timm_regnet_rnn_autoload.pth'
 
-# Runs at every interpreter start with `file`, the path of the .pth file. os and sys are already imported there.
+# Runs at every interpreter start with `file`, the path of the .pth file. os and sys are already imported there. Programs
+# ask `importlib.util.find_spec('timm')` long before they import it, if ever: the finder stays until timm has run.
 HOOK = """
 try:
     import os, sys
@@ -23,11 +24,10 @@ try:
         class Finder:
             @staticmethod
             def find_spec(name, path=None, target=None):
-                if name != 'timm' or Finder not in sys.meta_path:
+                if name != 'timm':
                     return None
-                sys.meta_path.remove(Finder)
                 for finder in sys.meta_path:
-                    spec = finder.find_spec(name, path, target)
+                    spec = None if finder is Finder else finder.find_spec(name, path, target)
                     if spec is not None:
                         break
                 else:
@@ -36,6 +36,7 @@ try:
                 def exec_module(module, run=loader.exec_module):
                     run(module)
                     try:
+                        sys.meta_path.remove(Finder)
                         import timm_regnet_rnn
                     except Exception:
                         pass
