@@ -183,6 +183,7 @@ def test_what_cannot_be_shown(visit, tmp_path):
     page.locator('.gallery-item').first.click()
     shows(page, 'airplane')
     page.get_by_label('Model').click()
+    page.get_by_label('Model').press('Control+a')
     page.get_by_label('Model').press_sequentially('convlstm_50')
     playwright.expect(page.get_by_role('option')).to_have_count(2)  # with SE, and without
     page.get_by_role('option', name='regnet_convlstm_50 · resnet50 a1 in1k', exact=True).click()

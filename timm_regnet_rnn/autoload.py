@@ -15,23 +15,27 @@ __all__ = ['enable', 'disable', 'enabled_in']
 
 FILENAME = 'timm_regnet_rnn_autoload.pth'
 
-# Runs at every interpreter start with `file`, the path of the .pth file. os and sys are already imported there. Programs
-# ask `importlib.util.find_spec('timm')` long before they import it, if ever: the finder stays until timm has run.
+# Runs at every interpreter start with `file`, the path of the .pth file. os and sys are already imported there.
+# Programs ask `importlib.util.find_spec('timm')` long before they import it, if ever: the finder stays until timm has
+# run. It asks the others while it is busy, in which other finders of its kind may ask it.
 HOOK = """
 try:
     import os, sys
     if any(n.startswith('timm_regnet_rnn-') and n.endswith('.dist-info') for n in os.listdir(os.path.dirname(file))):
         class Finder:
+            busy = False
             @staticmethod
             def find_spec(name, path=None, target=None):
-                if name != 'timm':
+                if name != 'timm' or Finder.busy:
                     return None
-                for finder in sys.meta_path:
-                    spec = None if finder is Finder else finder.find_spec(name, path, target)
-                    if spec is not None:
-                        break
-                else:
-                    return None
+                Finder.busy = True
+                try:
+                    found = (finder.find_spec(name, path, target) for finder in sys.meta_path)
+                    spec = next((spec for spec in found if spec is not None), None)
+                finally:
+                    Finder.busy = False
+                if spec is None or spec.loader is None:
+                    return spec
                 loader = spec.loader
                 def exec_module(module, run=loader.exec_module):
                     run(module)
