@@ -52,6 +52,8 @@ def _describe(model: Model, checkpoint: Optional[str], image_size: Optional[int]
     names = class_names(model)
     if names and names[0] != 'class 0':  # numbers say nothing
         about.update(label_names=names)
+    if getattr(model, 'model_args', None):
+        about.update(model_args=model.model_args)
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
 
 

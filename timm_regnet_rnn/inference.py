@@ -61,8 +61,8 @@ def check_name(name: str) -> None:
         if re.fullmatch(r'[\w.-]+/[\w.-]+', name):
             hint = f' On the Hub it would be {HUB}{name}; here is no such file or folder.'
         raise UsageError(f'unknown model {name!r}; `timm-regnet-rnn list` prints the names.{hint}')
-    if tag and get_pretrained_cfg(name, allow_unregistered=False) is None:
-        tags = [full.partition('.')[2] for full in timm.list_models(f'{model}.*', pretrained=True)]
+    tags = [full.partition('.')[2] for full in timm.list_models(f'{model}.*', include_tags=True)] if tag else []
+    if tag and tag not in tags:
         what = f'its tags are {", ".join(tags)}' if tags else 'it has none'
         raise UsageError(f'{model!r} has no tag {tag!r}; {what}.{did_you_mean(tag, tags)}')
 
@@ -150,7 +150,11 @@ def _from_file(file: Path, name: Optional[str], ema: Optional[bool]) -> Model:
         )
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UsageError(f'what {str(file)!r} says of itself cannot be read: {e}') from None
-    model: Model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    try:
+        model: Model = timm.create_model(model_name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs)
+    except (AssertionError, KeyError) as e:  # timm's word for an argument that it does not know
+        raise UsageError(f'{str(file)!r} does not build a {model_name}: {e}') from None
+    model.model_args = kwargs  # for whoever writes them beside the weights
     model.pretrained_cfg.pop('state_dict', None)
     model.pretrained_cfg.update(tag=None, input_size=cfg.input_size)
     if run or said:
