@@ -1,7 +1,18 @@
 import argparse
+import contextlib
+import fcntl
 import json
+import os
+import pty
+import re
+import shlex
+import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +21,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_regnet_rnn.cli import main
+import timm_regnet_rnn
+from timm_regnet_rnn.cli import DEFAULT_MODEL, main, make_parser
+from timm_regnet_rnn.weights.manifest import RELEASED
 
 CAT = Path(__file__).parent.parent / 'docs' / 'chelsea.jpg'
 NAMES = timm.list_models(module='regnet_rnn')
@@ -48,6 +61,173 @@ def test_list_table(capsys):
     assert header.split()[0] == 'name' and len(rows) == 70
     row = next(row for row in rows if row.startswith('regnet_convlstm_50 '))
     assert row.split()[1:] == ['28.13', '4.561', '3x224x224', 'resnet50_a1_in1k']
+
+
+def test_list_says_what_the_registry_says(capsys):
+    """The list is made without timm; it must not differ from it."""
+    rows = json.loads(call(capsys, 'list', '--json')[1])
+    cfgs = timm_regnet_rnn.regnet_rnn.default_cfgs
+    for row in rows:
+        cfg = cfgs[row['name']]
+        assert sorted(row['tags']) == sorted(tag for tag in cfg.tags if tag and cfg.cfgs[tag].has_weights), row['name']
+        assert all(f'top-1 {value:.2f} %' in cfg.cfgs[tag].description for tag, value in row['top1'].items())
+    assert [row['name'] for row in rows] == NAMES
+    released = [row for row in rows if row['top1']]
+    assert {f'{row["name"]}.{tag}' for row in released for tag in row['top1']} == set(RELEASED)
+
+
+def test_list_sorted_and_filtered(capsys):
+    def rows(*argv):
+        return json.loads(call(capsys, 'list', '--json', *argv)[1])
+
+    for key in ('params', 'macs'):
+        values = [row[key] for row in rows('--sort', key)]
+        assert values == sorted(values) and len(values) == len(NAMES)
+    best = [max(row['top1'].values(), default=-1) for row in rows('--sort', 'top1')]
+    assert best == sorted(best, reverse=True) and best[0] > 0
+    chosen = rows('*_20', '--pretrained')
+    assert chosen and all(row['tags'] and row['name'].endswith('_20') for row in chosen)
+    assert 'no model with pretrained weights matches' in refused(capsys, 'list', '*_110', '--pretrained')
+    assert "Did you mean 'regnet_convlstm_20'?" in refused(capsys, 'list', 'regnet_convlstm20')
+    assert "invalid choice: 'parms'" in (words := refused(capsys, 'list', '--sort', 'parms')) and "'params'?" in words
+
+
+def on_terminal(*argv, **env):
+    """What a command writes where its output is a terminal of 60 columns."""
+    mine, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 60, 0, 0))
+    with subprocess.Popen(
+        [sys.executable, '-m', 'timm_regnet_rnn', *argv],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        env={**os.environ, 'TERM': 'xterm-256color', **env},
+    ) as child:
+        os.close(its)
+        written = b''
+        with contextlib.suppress(OSError):  # the other side is closed
+            while data := os.read(mine, 4096):
+                written += data
+    os.close(mine)
+    return child.returncode, written.decode()
+
+
+def test_list_on_a_terminal():
+    status, coloured = on_terminal('list', '*convlstm_20')
+    assert status == 0 and '\x1b[36m' in coloured
+    status, plain = on_terminal('list', '*convlstm_20', NO_COLOR='1')
+    assert '\x1b[3' not in plain
+    plain = re.sub('\x1b.*?m', '', plain)
+    assert all(len(line) <= 60 for line in plain.splitlines()) and 'regnet_convlstm_20' in plain
+
+
+def test_export_says_what_it_does(tmp_path):
+    file = str(tmp_path / 'net.pt2')
+    status, shown = on_terminal('export', DEFAULT_MODEL, '--format', 'torch-export', '--output', file)
+    assert status == 0 and 'converting' in shown and 'checking net.pt2' in shown and '0:00:0' in shown
+
+
+LIGHT = """
+import sys, time
+started = time.perf_counter()
+sys.argv = ['-m', *sys.argv[1:]]
+sys.orig_argv = [sys.executable, '-m', 'timm_regnet_rnn', *sys.argv[1:]]
+import timm_regnet_rnn
+from timm_regnet_rnn.cli import DEFAULT_MODEL, main, make_parser
+from timm_regnet_rnn.weights.manifest import RELEASED
+sys.argv[0] = 'timm_regnet_rnn'
+try:
+    status = main()
+except SystemExit as e:
+    status = e.code
+print('heavy:', sorted({'torch', 'timm', 'huggingface_hub', 'PIL', 'numpy'} & set(sys.modules)), status)
+"""
+
+
+@pytest.mark.parametrize(
+    'argv',
+    [['--help'], ['--version'], ['list'], ['list', '--json'], ['predict', '--help'], ['fly'], ['autoload', '--status']],
+    ids=' '.join,
+)
+def test_starts_without_pytorch(argv):
+    done = subprocess.run([sys.executable, '-c', LIGHT, *argv], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1].startswith('heavy: [] '), done.stdout + done.stderr
+    as_users_do = subprocess.run(
+        [sys.executable, '-X', 'importtime', '-m', 'timm_regnet_rnn', *argv], capture_output=True
+    )
+    assert b'| torch\n' not in as_users_do.stderr and b'timm_regnet_rnn.cli' in as_users_do.stderr
+
+
+def test_help_is_quick():
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, '-m', 'timm_regnet_rnn', '--help'], check=True, capture_output=True)
+        empty = time.perf_counter()
+        subprocess.run([sys.executable, '-c', ''], check=True)
+        seconds.append(empty - started - (time.perf_counter() - empty))
+    assert min(seconds) < 0.3  # beyond Python's own start
+
+
+def test_a_script_sees_the_whole_package(tmp_path):
+    """Also in a process that began without the models."""
+    (tmp_path / 'script.py').write_text('import timm_regnet_rnn; print(timm_regnet_rnn.from_resnet.__name__)')
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_regnet_rnn', 'run', str(tmp_path / 'script.py')], capture_output=True, text=True
+    )
+    assert done.stdout == 'from_resnet\n', done.stderr
+
+
+def test_version_and_examples(capsys):
+    status, out, _ = call(capsys, '--version')
+    assert status == 0 and out.startswith(
+        f'timm-regnet-rnn {timm_regnet_rnn.__version__} (timm {timm.__version__}, torch'
+    )
+    commands = re.findall(r'^    (\w+)', call(capsys, '--help')[1], re.MULTILINE)
+    assert {'list', 'predict', 'visualize', 'train', 'export', 'pull', 'run', 'autoload'} <= set(commands)
+    for command in commands:
+        out = call(capsys, command, '--help')[1]
+        examples = re.findall(rf'^  (timm-regnet-rnn {command} .*)', out, re.MULTILINE)
+        assert 'examples:' in out and examples, command
+        for example in examples:  # which its own parser takes
+            make_parser().parse_known_args(shlex.split(example)[1:])
+
+
+@pytest.mark.parametrize(
+    'argv, meant',
+    [
+        (['pedict', 'x'], 'predict'),
+        (['predict', 'x', '--modell', 'm'], '--model'),
+        (['predict', 'x', '--tokp=3'], '--topk'),
+        (['export', 'x', '--format', 'safetensor'], 'safetensors'),
+        (['list', '--pretraind'], '--pretrained'),
+    ],
+)
+def test_did_you_mean(capsys, argv, meant):
+    assert f'Did you mean {meant!r}?' in refused(capsys, *argv)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('command', ['predict', 'export'])
+def test_ctrl_c_is_one_line(command, tmp_path):
+    """Wherever it comes: while PyTorch is imported, and in the middle of the work."""
+    for i in range(2000):
+        os.link(CAT, tmp_path / f'{i}.jpg') if i else shutil.copy(CAT, tmp_path / '0.jpg')
+    argv = dict(
+        predict=[str(tmp_path)], export=[DEFAULT_MODEL, '--format', 'onnx', '--output', str(tmp_path / 'a.onnx')]
+    )
+    for seconds in (1, 9):
+        child = subprocess.Popen(
+            [sys.executable, '-m', 'timm_regnet_rnn', command, *argv[command]],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        time.sleep(seconds)
+        child.send_signal(signal.SIGINT)
+        _, err = child.communicate(timeout=60)
+        assert child.returncode == 130 and err.splitlines() == ['timm-regnet-rnn: stopped.'], err
+    assert not (tmp_path / 'a.onnx').exists() and not list(tmp_path.glob('.*'))
 
 
 def test_list_json(capsys):

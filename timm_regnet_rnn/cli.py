@@ -4,9 +4,10 @@ import argparse
 import json
 import runpy
 import sys
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, List, Optional, Sequence
+from typing import Any, Callable, Iterator, List, Optional, Sequence
 
 from . import __version__, launch, listing
 from .errors import Parser, UsageError, did_you_mean, report, run_command
@@ -14,6 +15,21 @@ from .errors import Parser, UsageError, did_you_mean, report, run_command
 PROG = 'timm-regnet-rnn'
 DEFAULT_MODEL = 'regnet_convlstm_20'
 MODEL_HELP = 'NAME[.TAG], hf-hub:ORG/NAME, the folder of a run, or a .pth.tar'
+
+
+@contextmanager
+def underway(step: str) -> Iterator[Callable[[str], None]]:
+    """Show on a terminal what is done, and since when; the function given names the next step."""
+    if not sys.stderr.isatty():
+        yield lambda step: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn('{task.description}', markup=False), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(step, total=None)
+        yield lambda step: bar.update(task, description=step)
 
 
 def cmd_list(args: argparse.Namespace) -> int:
@@ -107,18 +123,20 @@ def cmd_train(args: argparse.Namespace) -> int:
 
 def cmd_export(args: argparse.Namespace) -> int:
     """Write a model to a file for deployment."""
-    from .export import export
+    with underway('importing PyTorch') as progress:
+        from .export import export
 
-    file, difference = export(
-        args.name,
-        args.output,
-        args.format,
-        checkpoint=args.checkpoint,
-        image_size=args.image_size,
-        batch_size=args.batch_size,
-        reparameterize=args.reparameterize,
-        ema=args.ema,
-    )
+        file, difference = export(
+            args.name,
+            args.output,
+            args.format,
+            checkpoint=args.checkpoint,
+            image_size=args.image_size,
+            batch_size=args.batch_size,
+            reparameterize=args.reparameterize,
+            ema=args.ema,
+            progress=progress,
+        )
     checked = f"logits within {difference:.0e} of the eager model's"
     if args.format == 'safetensors':
         checked = 'read back bit for bit'
@@ -172,7 +190,8 @@ class _Version(argparse.Action):
                 found.append(f'{package} {version(package)}')
             except PackageNotFoundError:
                 found.append(f'no {package}')
-        parser.exit(0, f'timm-regnet-rnn {__version__} ({", ".join(found)})\n')
+        print(f'{PROG} {__version__} ({", ".join(found)})')
+        parser.exit()
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -147,6 +147,7 @@ def export(
     batch_size: Optional[int] = None,
     reparameterize: Optional[bool] = None,
     ema: Optional[bool] = None,
+    progress: Callable[[str], None] = lambda step: None,
 ) -> Tuple[Path, float]:
     """Write a model to a file and compare what that holds with the eager model.
 
@@ -164,6 +165,7 @@ def export(
         batch_size: A fixed batch size; any if None.
         reparameterize: False to export the model as it was trained; True if None.
         ema: Which of a run's two sets of weights, as for `inference.create`.
+        progress: Is told what begins, in a few words.
 
     Returns:
         The file, and the largest difference to the eager model's logits relative to their scale.
@@ -195,6 +197,7 @@ def export(
         raise RuntimeError(f"ONNX needs {', '.join(missing)}: pip install 'timm-regnet-rnn[export]'")
 
     with ops.use('reference'), torch.no_grad():  # an exported graph must run where this package is not
+        progress('reading the weights')
         model = create(name, checkpoint, ema)
         architecture = model.pretrained_cfg['architecture']
         if not is_model_in_modules(architecture, ['regnet_rnn']):
@@ -211,6 +214,8 @@ def export(
         net = model if reparameterize is False else reparameterize_model(model)
         to, read = (_to_onnx, _from_onnx) if format == 'onnx' else (_to_program, _from_program)
         batch = None if batch_size else torch.export.Dim('batch', min=1)
+        progress(f'converting {about["model"]} to {format}')
         data = to(net, torch.zeros(batch_size or 2, *size), batch, about)
+        progress(f'checking {file.name}')
         batches = (batch_size,) if batch_size else (1, 3)  # neither is the batch of the export
         return file, place(file, data, lambda scratch: _compare(read(scratch), model, size, batches))
