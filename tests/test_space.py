@@ -87,7 +87,8 @@ def visit(address, browser):
             problems.append(f'{response.status} {response.url}')
 
     def failed(request):
-        if '/queue/data' not in request.url:  # Gradio's event stream, which it ends itself
+        # Gradio's event streams, which it ends itself
+        if '/queue/data' not in request.url and '/upload_progress' not in request.url:
             problems.append(f'{request.failure} {request.url}')
 
     def requested(request):

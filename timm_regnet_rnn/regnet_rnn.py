@@ -7,7 +7,6 @@ from typing import Any, Dict, Optional, Union
 from zipfile import is_zipfile
 
 import torch
-import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, is_model_pretrained, register_model
@@ -88,7 +87,7 @@ def _locate(cfg: PretrainedCfg, pretrained: bool, cache_dir: Optional[Union[str,
     return file
 
 
-def _create_regnet(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def _create_regnet(variant: str, pretrained: bool, **kwargs) -> Any:
     overlay = kwargs.get('pretrained_cfg_overlay')
     cfg = resolve_pretrained_cfg(variant, kwargs.get('pretrained_cfg'), overlay)
     file = _locate(cfg, pretrained, kwargs.get('cache_dir'))
@@ -109,12 +108,12 @@ def _create_regnet(variant: str, pretrained: bool, **kwargs) -> nn.Module:
     return model
 
 
-def _create_cifar(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def _create_cifar(variant: str, pretrained: bool, **kwargs) -> Any:
     cifar_args = dict(block='basic', stem_type='cifar', channels=(16, 32, 64))
     return _create_regnet(variant, pretrained, feature_cfg=dict(out_indices=(0, 1, 2, 3)), **dict(cifar_args, **kwargs))
 
 
-def _create_imagenet(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+def _create_imagenet(variant: str, pretrained: bool, **kwargs) -> Any:
     return _create_regnet(variant, pretrained, **kwargs)
 
 

@@ -1,6 +1,6 @@
 """The fused steps as ops of torch's library `timm_regnet_rnn`, one per cell, whatever the device.
 
-An op has one schema, one fake kernel, one formula for autograd and one rule for autocast; its kernels are those of
+An op has one schema, one fake kernel and one formula for autograd, a step one rule for autocast; kernels are those of
 fused_cpu.py and fused_cuda.py, imported (and the first one compiled) when the first tensor of their device arrives.
 Forward saves its inputs only, and backward computes the gates again. A backward pass that is differentiated itself
 (`create_graph=True`) goes through the reference, which torch can differentiate as often as it likes.
@@ -148,7 +148,6 @@ def _register(cell: str) -> Callable[..., Tuple[Tensor, Maybe]]:
         return dx, dh, None if c is None else states.pop(0), dweight, dbias, dscale, dshift
 
     op.register_autograd(differentiate, setup_context=setup_context)
-    op.register_autocast('cpu', torch.float32)
 
     def step(x, h, c, weight, bias, scale=None, shift=None):
         """On the CPU bfloat16 and NCHW are converted, which is little work beside the step; c' is channels_last then.

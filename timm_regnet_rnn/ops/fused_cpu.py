@@ -232,7 +232,8 @@ def forward(
     weight, bias, scale, shift = map(_contiguous, (weight, bias, scale, shift))
     room = _room(cell, x, False)
     if _call(f'{cell}_forward', x, weight, bias, x, h, c, scale, shift, outs[0], outs[-1], room) == UNUSUAL:
-        raw, state = getattr(reference, f'{cell}_step')(x, h, c, weight, bias)
+        with torch.autocast('cpu', enabled=False):
+            raw, state = getattr(reference, f'{cell}_step')(x, h, c, weight, bias)
         outs = [reference.affine_relu(raw, scale, shift), state][: len(outs)]
         outs = [_channels_last(out) for out in outs]
     return outs
