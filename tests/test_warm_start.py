@@ -1,7 +1,13 @@
+import os
+import re
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+import torchvision
 from conftest import randomize, scaled_error
+from spread_nets import PadShortcut, SpreadNet
 from torch import nn
 from torch.nn import functional as F
 
@@ -160,3 +166,96 @@ def test_own_checkpoint_passes_through():
     model = timm.create_model('regnet_convgru_20')
     state = model.state_dict()
     assert checkpoint_filter_fn(state, model) is state
+
+
+# What people have: files, torchvision's models, a head of one's own, and two layouts of CIFAR nets.
+
+
+@torch.no_grad()
+def same(resnet, regnet, size=32):
+    x = torch.randn(2, 3, size, size)
+    return scaled_error(regnet(x), resnet(x)) < 1e-5
+
+
+@pytest.mark.parametrize('shortcut', ['A', 'B'])
+@pytest.mark.parametrize('depth, variant', [(20, 'regnet_convlstm_20'), (32, 'regnet_convlstm_32'), (14, None)])
+def test_checkpoint_files_of_cifar_nets(tmp_path, depth, variant, shortcut):
+    net = SpreadNet(depth, 7, shortcut)
+    state = net.state_dict()
+    if shortcut == 'A':
+        state = {'state_dict': {f'module.{k}': v for k, v in state.items()}, 'best_prec1': 1.0}
+    torch.save(state, tmp_path / 'net.th', _use_new_zipfile_serialization=depth != 20)  # of before torch 1.6 too
+    regnet = from_resnet(str(tmp_path / 'net.th'))
+    assert same(net, regnet) and regnet.num_classes == 7 and not regnet.training
+    assert variant is None or regnet.pretrained_cfg['architecture'] == variant
+
+
+@pytest.mark.parametrize('name', ['cifar_resnet_20', 'cifar_seresnet_32', 'cifar_resnet_56'])
+def test_cifar_nets_of_ours(name):
+    resnet = randomize(timm.create_model(name, num_classes=5)).eval()
+    regnet = from_resnet(resnet, regulator='convgru')
+    assert same(resnet, regnet) and regnet.pretrained_cfg['architecture'].endswith(name.split('_')[-1])
+    with pytest.raises(TypeError, match='has regulators already'):
+        from_resnet(regnet)
+
+
+def test_a_head_of_ones_own():
+    resnet = randomize(timm.create_model('resnet18')).eval()
+    resnet.fc = nn.Linear(512, 7)
+    regnet = from_resnet(resnet)
+    assert same(resnet, regnet, 64) and regnet.num_classes == 7
+    resnet.fc = nn.Sequential(nn.Linear(512, 7))
+    with pytest.raises(TypeError, match='not Sequential'):
+        from_resnet(resnet)
+
+
+@pytest.mark.parametrize('name', ['resnet18', 'resnext50_32x4d', 'wide_resnet50_2'])
+def test_models_and_files_of_torchvision(name, tmp_path):
+    resnet = randomize(getattr(torchvision.models, name)(num_classes=6)).eval()
+    assert same(resnet, from_resnet(resnet), 64)
+    torch.save(resnet.state_dict(), tmp_path / 'net.pth')
+    assert same(resnet, from_resnet(tmp_path / 'net.pth', regulator='convrnn'), 64)
+
+
+def test_timm_loads_a_resnet_by_itself(tmp_path):
+    """create_model's checkpoint_path, and load_state_dict, which train.py's --initial-checkpoint comes to."""
+    resnet = randomize(timm.create_model('resnet18', num_classes=4)).eval()
+    torch.save({'state_dict': resnet.state_dict()}, tmp_path / 'my.pth')
+    regnet = timm.create_model('regnet_convlstm_18', num_classes=4, checkpoint_path=str(tmp_path / 'my.pth')).eval()
+    assert same(resnet, regnet, 64)
+    with pytest.raises(RuntimeError, match='size mismatch for fc.weight'):
+        timm.create_model('regnet_convlstm_18', checkpoint_path=str(tmp_path / 'my.pth'))
+
+
+@pytest.mark.parametrize(
+    'state, words',
+    [
+        (lambda: timm.create_model('test_convnext').state_dict(), 'not the weights of a ResNet'),
+        (lambda: timm.create_model('regnet_convrnn_20').state_dict(), "a RegNet's weights"),
+        (lambda: {'a': 1}, 'no state dict'),
+        (lambda: {'state_dict': {}}, 'no state dict'),
+        (lambda: PadShortcut(1), 'Python objects'),
+    ],
+)
+def test_files_that_are_no_resnet(tmp_path, state, words):
+    torch.save(state(), tmp_path / 'net.pth')
+    with pytest.raises(ValueError, match=words) as caught:
+        from_resnet(tmp_path / 'net.pth')
+    assert '\n' not in str(caught.value)
+    (tmp_path / 'net.pth').write_bytes((tmp_path / 'net.pth').read_bytes()[:100])
+    with pytest.raises(ValueError, match='is no PyTorch checkpoint, or broken'):
+        from_resnet(tmp_path / 'net.pth')
+    with pytest.raises(FileNotFoundError, match='no weights file'):
+        from_resnet('nothing.pth')
+
+
+TRAINED = sorted(Path(os.environ.get('CIFAR_RESNETS', 'nowhere')).glob('resnet*-*.th'))
+
+
+@pytest.mark.skipif(not TRAINED, reason='CIFAR_RESNETS names no folder with resnet20-*.th and its like')
+@pytest.mark.parametrize('file', TRAINED, ids=lambda file: file.stem)
+def test_nets_that_others_trained(file):
+    net = SpreadNet(int(re.findall(r'\d+', file.name)[0]))
+    weights = torch.load(file, map_location='cpu', weights_only=True)['state_dict']
+    net.load_state_dict({name.removeprefix('module.'): value for name, value in weights.items()})
+    assert same(net, from_resnet(file))

@@ -94,7 +94,8 @@ def _labels(folder: Path, settings: Dict[str, Any], classes: int) -> List[str]:
     Raises:
         UsageError: The folder's are not as many as there are classes.
     """
-    from .weights.folder import LABELS, dataset_name
+    from .datasets import labels_of
+    from .training.record import dataset_name
 
     file = folder / CLASSES
     if file.is_file():
@@ -105,7 +106,7 @@ def _labels(folder: Path, settings: Dict[str, Any], classes: int) -> List[str]:
         if not isinstance(names, list) or len(names) != classes or not all(isinstance(n, str) for n in names):
             raise UsageError(f'{str(file)!r} must be a JSON list of {classes} names, one per class.')
         return _readable(names)
-    known = LABELS.get(dataset_name(settings)[1]) if settings.get('data_dir') else None
+    known = labels_of(dataset_name(settings)[1]) if settings.get('data_dir') else None
     return list(known) if known and len(known) == classes else [f'class {i}' for i in range(classes)]
 
 

@@ -1,58 +1,31 @@
 """Entrypoints and pretrained configurations: what timm's registry sees of this package."""
 
-from argparse import Namespace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Dict, Optional, Union
-from zipfile import is_zipfile
 
-import torch
-from safetensors import SafetensorError, safe_open
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, is_model_pretrained, register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model_pretrained, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._registry import get_pretrained_cfg
 
 from .conv_rnn import CELLS
+from .datasets import DATASETS
 from .regulated_resnet import RegulatedResNet
 from .reparameterize import link_stem
 from .warm_start import checkpoint_filter_fn
 from .weights.config import read_config
+from .weights.load import check_file
 from .weights.manifest import RELEASED, hub_id
 
 __all__ = []  # register_model adds each entrypoint
 
+CIFAR10 = DATASETS['cifar10']
 CIFAR_DEPTHS = (20, 32, 44, 56, 110)
 IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 SPARE = 2**28  # bytes that a model may take beyond its weights file, for a regulator or another classifier
-CIFAR10_LABELS = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 
 
-def check_file(path: Union[str, Path]) -> None:
-    """Refuse a weights file that is missing, not whole, or holds more than weights, before a model is built for it.
-
-    timm up to 1.0.20 unpickles such a file without restriction; one that passes here holds nothing that could run.
-    """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f'no weights file {str(path)!r}.')
-    if str(path).endswith('.safetensors'):
-        try:
-            with safe_open(path, framework='pt'):
-                return
-        except SafetensorError as e:
-            raise ValueError(f'{str(path)!r} is truncated or not a safetensors file ({e}); fetch it again.') from None
-    if not is_zipfile(path):
-        raise ValueError(f'{str(path)!r} is neither a .safetensors file nor a PyTorch checkpoint, or it is truncated.')
-    try:
-        with torch.serialization.safe_globals([Namespace]):  # train.py's arguments
-            torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except (UnpicklingError, RuntimeError):
-        raise ValueError(
-            f'{str(path)!r} is broken or holds Python objects besides weights; it is not loaded.'
-        ) from None
-
-
-def _locate(cfg: PretrainedCfg, pretrained: bool, cache_dir: Optional[Union[str, Path]]) -> Optional[Path]:
+def _locate(cfg: Any, pretrained: bool, cache_dir: Optional[Union[str, Path]]) -> Optional[Path]:
     """The verified file to load instead of what timm would fetch by itself; None if that is a file already.
 
     Raises:
@@ -144,9 +117,9 @@ def _cifar_cfg(**kwargs) -> Dict[str, Any]:
             input_size=(3, 32, 32),
             pool_size=(8, 8),
             crop_pct=1.0,
-            label_names=CIFAR10_LABELS,
-            mean=(0.4914, 0.4822, 0.4465),
-            std=(0.2470, 0.2435, 0.2616),
+            label_names=CIFAR10.labels,
+            mean=CIFAR10.mean,
+            std=CIFAR10.std,
         )
         | kwargs
     )
@@ -154,7 +127,9 @@ def _cifar_cfg(**kwargs) -> Dict[str, Any]:
 
 def _warm_cfg(source: str) -> Dict[str, Any]:
     """Configuration of a warm start: the weights and the data settings of a timm ResNet."""
-    cfg = get_pretrained_cfg(source, allow_unregistered=False).to_dict()
+    known = get_pretrained_cfg(source, allow_unregistered=False)
+    assert known is not None
+    cfg = known.to_dict()
     cfg.update(
         paper_ids=('arXiv:2101.00590', 'arXiv:2110.00476'),
         description=(
@@ -200,7 +175,7 @@ def _default_cfgs() -> Dict[str, Dict[str, Any]]:
     return cfgs
 
 
-default_cfgs = generate_default_cfgs(_default_cfgs())
+default_cfgs = generate_default_cfgs({**_default_cfgs()})
 
 
 @register_model

@@ -317,6 +317,18 @@ class RegulatedResNet(ResNet):
         super().__setstate__(state)
         link_stem(self)
 
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
+        """Complete a ResNet's weights, so that whatever loads a state dict can start from them: see warm_start.py."""
+        plain = 'layer1.0.conv1.weight' in state_dict and not any('conv_fuse' in name for name in state_dict)
+        kinds = (RegulatedBasicBlock, RegulatedBottleneck)
+        if plain and not prefix and any(isinstance(m, kinds) for m in self.modules()):
+            from .warm_start import checkpoint_filter_fn
+
+            whole = checkpoint_filter_fn(dict(state_dict), self)
+            state_dict.clear()
+            state_dict.update(whole)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Parameter groups for layer decay; a stage's regulator belongs to the stage's first block."""

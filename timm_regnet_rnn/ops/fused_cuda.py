@@ -511,4 +511,4 @@ def backward(
     total = partial.sum(0)
     dweight = total[:, :18].mT.reshape(weight.shape).to(weight.dtype)
     dbias = total[:, 18].to(bias.dtype, copy=True)
-    return [dx, dweight, dbias, *(grad for grad in (dh, dc) if grad is not None)]
+    return [grad for grad in (dx, dweight, dbias, dh, dc) if grad is not None]

@@ -19,4 +19,4 @@ def _init_on_cpu(self, module, device_ids=None, *args, **kwargs):
     _init(self, module, device_ids, *args, **kwargs)
 
 
-DistributedDataParallel.__init__ = _init_on_cpu
+DistributedDataParallel.__init__ = _init_on_cpu  # type: ignore[method-assign]

@@ -47,7 +47,7 @@ def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
             f'{name!r} divides the sides of its images by {reduction}, which leaves a single pixel of '
             f'{size[1]}x{size[2]}; give a model for small images, or --input-size.'
         )
-    return sum(p.numel() for p in model.parameters()), model.num_classes
+    return sum(p.numel() for p in model.parameters()), int(model.num_classes)  # type: ignore[arg-type]
 
 
 def check_numbers(settings: Dict[str, Any], nproc: int) -> None:

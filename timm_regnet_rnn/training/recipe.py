@@ -113,6 +113,7 @@ def load_recipe(path: Union[str, Path]) -> Dict[str, Any]:
         raise ValueError(f'recipe {where} is not YAML: {" ".join(str(e).split())}.') from None
     if not isinstance(config, dict):
         raise ValueError(f'recipe {where} is not a mapping of option names to values, as in `epochs: 200`.')
+    assert node is not None  # it was read above
     values = [value for _, value in node.value]
     for mapping in [node, *(value for value in values if isinstance(value, yaml.MappingNode))]:
         seen: Dict[str, int] = {}
@@ -158,7 +159,8 @@ def _wrong_list(key: str, value: Any, option: Mapping[str, Any]) -> str:
             return f'{_show(value)}; it takes one value, {SINGULAR.get(kind, kind)}.'
         return _wrong_value(value, kind, option.get('choices'))
     count = 2 if key in PAIRS else nargs
-    many = {'+': 'one or more', '*': 'any number of'}.get(count, count)
+    names: Dict[Any, str] = {'+': 'one or more', '*': 'any number of'}
+    many = names.get(count, count)
     right = f'write a list of {many} {PLURAL.get(kind, kind)}, in [ ].'
     if not isinstance(value, list):
         return f'{_show(value)}; {right}'

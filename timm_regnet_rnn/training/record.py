@@ -8,13 +8,13 @@ import platform
 import re
 import shlex
 import subprocess
-from argparse import Namespace
 from datetime import date
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from filelock import FileLock
 
+from ..datasets import DATASETS
 from ..results import COLUMNS, CURVE
 
 __all__ = [
@@ -29,12 +29,6 @@ NOT_OVERRIDES = (
     'log_interval', 'checkpoint_hist', 'seed', 'model', 'model_kwargs', 'num_classes',
 )
 # fmt: on
-DATASETS = dict(
-    cifar10='CIFAR-10',
-    cifar10_jpeg75='CIFAR-10, JPEG q75 mirror',
-    cifar100='CIFAR-100',
-    fashion_mnist='Fashion-MNIST',
-)
 LIVE = re.compile(r'^Test: .*Acc@1: +[\d.]+ \( *([\d.]+)\)')
 THROUGHPUT = re.compile(r'^Train: (\d+) .*\([\d.]+s, +([\d.]+)/s\)')
 
@@ -51,13 +45,12 @@ def newest_checkpoint(output: Path) -> Tuple[Optional[Path], int]:
     Returns:
         The file with the most epochs behind it and their number; None and 0 if there is none.
     """
-    import torch
+    from ..weights.load import load_checkpoint
 
     found: Tuple[Optional[Path], int] = (None, 0)
     for file in sorted(output.glob('*.pth.tar')):
         try:
-            with torch.serialization.safe_globals([Namespace]):
-                state = torch.load(file, map_location='cpu', weights_only=True, mmap=True)
+            state = load_checkpoint(file, mmap=True)
             epochs = state['epoch'] + 1
             whole = {'state_dict', 'optimizer'} <= state.keys()
         except Exception:  # truncated, not a checkpoint, or holding more than one: none to resume from
@@ -145,7 +138,7 @@ def dataset_name(settings: Dict[str, Any]) -> Tuple[str, str]:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{str(prepared)!r} is damaged: it does not say which data set this is.') from None
     key = key or Path(settings['data_dir']).resolve().name
-    return key, DATASETS.get(key, key)
+    return key, DATASETS[key].name if key in DATASETS else key
 
 
 def overrides(settings: Dict[str, Any], given: Sequence[str]) -> str:

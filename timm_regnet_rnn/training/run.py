@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from filelock import FileLock, Timeout
 
+from ..weights.load import check_file
 from .data import check_data
 from .preflight import (
     OURS,
@@ -39,7 +40,8 @@ def run_logged(command: Sequence[str], log: Path, lock: FileLock) -> int:
     Where there are descriptors to inherit, the command gets the one that locks the run's folder, so the folder stays
     locked as long as it lives.
     """
-    inherited = (lock._context.lock_file_fd,) if os.name == 'posix' else ()
+    held = lock._context.lock_file_fd
+    inherited = (held,) if os.name == 'posix' and held is not None else ()
     for descriptor in inherited:
         os.set_inheritable(descriptor, True)
     with log.open('a', encoding='utf-8') as file:
@@ -141,6 +143,11 @@ def train(
         settings['batch_size'] //= nproc  # train.py's is that of one process
     command += ['-m', 'timm_regnet_rnn', 'run', str(train_py), '--config', recipe, '--model', model]
     command += ['--data-dir', data_dir, *auto, *flags]
+    start = given.get('initial_checkpoint')
+    if start:
+        check_file(start)
+        if settings['pretrained']:  # the recipe asks for weights, and these are they
+            command += ['--pretrained-path', start, '--initial-checkpoint', '']
     if nproc > 1:
         command += ['--batch-size', str(settings['batch_size'])]
     if nproc > 1 and settings['device'] == 'cpu':

@@ -39,7 +39,7 @@ def compare(run: Optional[results.Run], groups: Dict[Any, Any]) -> str:
     """The table of a run's model and its ResNet, trained alike."""
     resnet = run and results.resnet_of(run.label)
     rows = groups[run.group] if run else {}
-    if not resnet or resnet not in rows:
+    if run is None or not resnet or resnet not in rows:
         return (
             'No ResNet was trained beside these very weights, so they are no evidence for or against the regulator. '
             'Runs side by side are in the README of timm_regnet_rnn.'
@@ -93,7 +93,10 @@ def make_card(
     elif trained.settings:
         said = ', '.join(f'{key} {trained.settings[key]}' for key in SETTINGS if trained.settings.get(key) is not None)
         training = f"By timm's own train.py: {said}; {epochs or 'an unknown number of'} epochs behind these weights."
-    base = trained.model.pretrained_cfg.get('hf_hub_id') if trained.settings.get('pretrained') else None
+    # only what the run proves: weights that timm fetched by name, not a file that took their place
+    cfg: Any = trained.model.pretrained_cfg
+    own = trained.settings.get('pretrained_path') or trained.settings.get('initial_checkpoint')
+    base = cfg.get('hf_hub_id') if trained.settings.get('pretrained') and not own else None
     limits = ['It classifies; it was not tested for anything else, nor for fairness or robustness.']
     if 'JPEG' in dataset:
         limits.append('Its data are a lossy JPEG mirror: compare its figures with those from the same files only.')

@@ -21,19 +21,11 @@ from timm.utils import AverageMeter, accuracy
 
 import timm_regnet_rnn
 
+from ..datasets import labels_of
 from ..errors import UsageError
-from ..regnet_rnn import CIFAR10_LABELS, check_file
 from ..training.record import dataset_name
 from .config import write_config
-
-FASHION_MNIST_LABELS = (
-    *('T-shirt/top', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot'),
-)
-LABELS = {
-    'CIFAR-10': CIFAR10_LABELS,
-    'CIFAR-10, JPEG q75 mirror': CIFAR10_LABELS,
-    'Fashion-MNIST': FASHION_MNIST_LABELS,
-}
+from .load import check_file, load_checkpoint
 
 
 @dataclass
@@ -84,8 +76,7 @@ def read_tensors(file: Path, ema: Optional[bool]) -> Tuple[Dict[str, torch.Tenso
             raise UsageError(f'--ema is for checkpoints of train.py; {str(file)!r} holds one set of weights.')
         with safe_open(file, framework='pt') as f:
             return load_file(file), f.metadata() or {}
-    with torch.serialization.safe_globals([Namespace]):
-        state = torch.load(file, map_location='cpu', weights_only=True)
+    state = load_checkpoint(file)
     if ema is None and isinstance(state, dict):
         if state and all(isinstance(value, torch.Tensor) for value in state.values()):
             return clean_state_dict(state), {}
@@ -141,7 +132,8 @@ def rebuild(
         config[key] = tuple(adapt_to_chs(config[key], first.shape[1]))  # as the loader does in training
     trained = Trained(net, name, {k: v for k, v in args.items() if k not in sizes}, settings, data_config=config)
     trained.epochs = info['epoch'] + 1 if 'epoch' in info else None
-    known = net.pretrained_cfg.get('label_names') if not settings else LABELS.get(trained.dataset)
+    cfg: Any = net.pretrained_cfg
+    known = cfg.get('label_names') if not settings else labels_of(trained.dataset)
     trained.labels = list(known) if known and len(known) == classes else []
     return trained
 

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, Callable, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Union
 
 import timm
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
@@ -79,7 +79,7 @@ def retry(call: Callable[..., Any], *args, patience: Optional[float] = None, **k
             return call(*args, **kwargs)
         except Exception as e:
             tired = wait is None or time.monotonic() - start > (PATIENCE if patience is None else patience)
-            if not tired and _passes(e):
+            if wait is not None and not tired and _passes(e):
                 time.sleep(wait)
             elif isinstance(e, json.JSONDecodeError):
                 raise ConnectionError('what answered is not the Hub') from None
@@ -129,7 +129,7 @@ def _fetch(
     """A verified file of a repository, and whether a bad one had to be replaced; errors as in `pull`."""
     repo_id, _, revision = hub_id.partition('@')
     what = f'{filename!r} of {hub_id!r}'
-    where = dict(repo_id=repo_id, filename=filename, revision=revision or None, cache_dir=cache_dir)
+    where: Dict[str, Any] = dict(repo_id=repo_id, filename=filename, revision=revision or None, cache_dir=cache_dir)
     for again in (False, True):
         try:
             file = Path(retry(hf_hub_download, **where, force_download=again))
@@ -269,7 +269,7 @@ def pull_folder(name: str, to: Union[str, Path], cache_dir: Optional[Union[str, 
             filename = json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {}).get('hf_hub_filename')
             weights = pull(hub, filename, cache_dir)
         else:
-            cfg = get_pretrained_cfg(name)
+            cfg: Any = get_pretrained_cfg(name)
             model = timm.create_model(name)
             data_config = resolve_data_config(model=model)
             write_config(model, new / CONFIG, {}, data_config, cfg.label_names or (), cfg.tag, cfg.description or '')

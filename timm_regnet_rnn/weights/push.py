@@ -55,8 +55,8 @@ def find_run(
         raise UsageError(f'results.csv has no run {name!r}.')
     if run is None:
         return None
-    facts = (run.model, run.seed, run.epochs, run.weights == 'ema')
-    mine = (trained.name, trained.settings.get('seed'), trained.epochs, ema)
+    facts: Any = (run.model, run.seed, run.epochs, run.weights == 'ema')
+    mine: Any = (trained.name, trained.settings.get('seed'), trained.epochs, ema)
     if facts != mine:
         mine, facts = ('{} of seed {}, epoch {}, EMA {}'.format(*known) for known in (mine, facts))
         raise UsageError(
@@ -85,7 +85,8 @@ def git_name(file: Path) -> str:
 
 def holds(api: HfApi, repo_id: str, revision: str, files: List[Path]) -> bool:
     """Whether a revision has these very files already."""
-    there = {info.path: info for info in api.get_paths_info(repo_id, [f.name for f in files], revision=revision)}
+    found = api.get_paths_info(repo_id, [f.name for f in files], revision=revision)
+    there: Dict[str, Any] = {info.path: info for info in found}
 
     def same(file: Path) -> bool:
         info = there.get(file.name)
@@ -122,7 +123,7 @@ def send(api: HfApi, repo_id: str, files: List[Path], args: argparse.Namespace) 
         retry(api.create_branch, repo_id, branch=args.revision, exist_ok=True)
     before = retry(pull_requests, api, repo_id) if args.create_pr else []
 
-    def once() -> str:
+    def once() -> Any:
         places = [ref for ref in pull_requests(api, repo_id) if ref not in before] if args.create_pr else [revision]
         for place in places:
             if holds(api, repo_id, place, files):
@@ -238,8 +239,8 @@ def push(args: argparse.Namespace) -> int:
     entry, measured = RELEASED.get(args.tag), None
     if args.data_dir:
         measured = evaluate(trained, args.data_dir, args.val_split)
-        stated = {'--expect-top1': args.expect_top1, 'results.csv': run and run.top1}
-        check_accuracy(measured['top1'], {**stated, 'the manifest': entry and entry['metrics']['top1']})
+        stated: Dict[str, Any] = {'--expect-top1': args.expect_top1, 'results.csv': run and run.top1}
+        check_accuracy(measured['top1'], {**stated, 'the manifest': entry['metrics']['top1'] if entry else None})
         print(f'top-1 {measured["top1"]:.2f} %, top-5 {measured["top5"]:.2f} % on {measured["images"]} images')
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -257,7 +258,7 @@ def push(args: argparse.Namespace) -> int:
         api = HfApi(library_name='timm_regnet_rnn', library_version=__version__)
         revision = send(api, repo_id, files, args)
         check_sent(repo_id, revision, files)
-        if args.release:
+        if args.release and run is not None and measured is not None:
             record(args.release, trained, repo_id, revision, files[0], run, measured)
     print(f'{repo_id} at {revision} holds these files, bit for bit.')
     return 0
@@ -281,7 +282,7 @@ def keep(folder: Path, target: Path) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def explain(error: Exception, repo_id: Optional[str]) -> str:
+def explain(error: BaseException, repo_id: Optional[str]) -> str:
     """An error in one line that says what to do; it never holds a token."""
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     if status in (401, 403) or isinstance(error, LocalTokenNotFoundError):

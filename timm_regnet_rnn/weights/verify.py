@@ -59,9 +59,9 @@ def verify(name: str, data_dir: Optional[str] = None) -> str:
     if name not in RELEASED:
         raise UsageError(f'{name!r} is not in the manifest, which has {", ".join(RELEASED)}.')
     entry, file = RELEASED[name], pull(hub_id(name))
-    for what, found in (('size', file.stat().st_size), ('tensors', tensor_digest(file))):
-        if found != entry[what]:
-            raise UsageError(f'{name}: {what} is {found}, the manifest says {entry[what]}.')
+    for what, value in (('size', file.stat().st_size), ('tensors', tensor_digest(file))):
+        if value != entry[what]:
+            raise UsageError(f'{name}: {what} is {value}, the manifest says {entry[what]}.')
     model = timm.create_model(name, pretrained=True).eval()
     check = load_file(HOME / 'checks' / f'{name}.safetensors')
     config = resolve_data_config(model=model)

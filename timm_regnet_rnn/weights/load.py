@@ -1,0 +1,82 @@
+"""The one place where weights files are opened: safetensors, and PyTorch's checkpoints without unrestricted pickle."""
+
+from argparse import Namespace
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Dict, Union
+from zipfile import is_zipfile
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+__all__ = ['check_file', 'load_checkpoint', 'read_weights']
+
+WRAPPERS = ('state_dict', 'model', 'net', 'model_state_dict')  # what a training loop's checkpoint calls its weights
+
+
+def load_checkpoint(file: Union[str, Path], mmap: bool = False) -> Any:
+    """What a PyTorch checkpoint holds, on the CPU; besides tensors and plain values, train.py's arguments.
+
+    Raises:
+        Exception: Whatever torch raises for a file that is broken or holds other Python objects.
+    """
+    with torch.serialization.safe_globals([Namespace]):
+        return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
+
+
+def check_file(path: Union[str, Path]) -> None:
+    """Refuse a weights file that is missing, not whole, or holds more than weights, before a model is built for it.
+
+    timm up to 1.0.20 unpickles such a file without restriction; one that passes here holds nothing that could run.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is broken, no checkpoint, or holds Python objects; in one line.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no weights file {str(path)!r}.')
+    if str(path).endswith('.safetensors'):
+        try:
+            with safe_open(path, framework='pt'):
+                return
+        except SafetensorError as e:
+            raise ValueError(f'{str(path)!r} is truncated or not a safetensors file ({e}); fetch it again.') from None
+    if not is_zipfile(path):
+        raise ValueError(f'{str(path)!r} is neither a .safetensors file nor a PyTorch checkpoint, or it is truncated.')
+    try:
+        load_checkpoint(path, mmap=True)
+    except (UnpicklingError, RuntimeError):
+        raise ValueError(
+            f'{str(path)!r} is broken or holds Python objects besides weights; it is not loaded.'
+        ) from None
+
+
+def read_weights(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
+    """The names and tensors of a weights file, out of whatever a training loop wrapped them in.
+
+    Args:
+        path: A .safetensors file, or a checkpoint of PyTorch's, of before its version 1.6 too.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is broken, no checkpoint, holds Python objects, or no tensors; in one line.
+    """
+    if str(path).endswith('.safetensors'):
+        check_file(path)
+        return load_file(path)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f'no weights file {str(path)!r}.')
+    try:
+        state = load_checkpoint(path)
+    except Exception as e:  # a stream of bytes that is no checkpoint fails in many ways
+        why = (
+            'holds Python objects besides weights' if 'Unsupported' in str(e) else 'is no PyTorch checkpoint, or broken'
+        )
+        raise ValueError(f'{str(path)!r} {why}; it is not loaded.') from None
+    for name in WRAPPERS:
+        if isinstance(state, dict) and isinstance(state.get(name), dict):
+            state = state[name]
+    if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
+        raise ValueError(f'{str(path)!r} holds no state dict: names with tensors.')
+    return dict(state)
