@@ -290,6 +290,7 @@ def test_a_release_is_entered_into_the_manifest(hub, tmp_path, images):
     root = HUB.parent
     for name in ('hub', 'timm_regnet_rnn', 'train_recipes', 'docs'):
         shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__', 'manifest.json.tmp'))
+    shutil.copy(root / 'pyproject.toml', tmp_path)
     file, net = checkpoint(tmp_path / 'run', num_classes=4)
     with torch.no_grad():
         net.fc.bias.copy_(torch.tensor([0.0, 300.0, 0.0, 0.0]))

@@ -1,6 +1,7 @@
 """The command `timm-regnet-rnn`. What needs a model imports it when it is called; see launch.py."""
 
 import argparse
+import importlib
 import json
 import runpy
 import sys
@@ -283,7 +284,7 @@ def make_parser() -> argparse.ArgumentParser:
         usage='%(prog)s RECIPE --model M --data-dir D [options] [any flag of train.py]',
         allow_abbrev=False,
     )
-    sub.add_argument('recipe', metavar='RECIPE', help='YAML file, e.g. train_recipes/cifar_paper.yaml')
+    sub.add_argument('recipe', metavar='RECIPE', help='YAML file, or the name of one of ours, e.g. cifar_paper')
     sub.add_argument('--model', required=True, metavar='M', help='any timm model, with or without a tag')
     sub.add_argument('--data-dir', required=True, metavar='D', help='the data, as train.py reads them')
     sub.add_argument('--output', metavar='DIR', help='folder of the run; given again, the run in it is resumed')
@@ -323,6 +324,14 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('name', nargs='+', metavar='NAME', help='NAME[.TAG] or hf-hub:ORG/NAME')
     sub.add_argument('--to', required=True, metavar='DIR', help="'local-dir:DIR/NAME' is then a model for timm")
 
+    command('push', None, 'publish a trained model on the Hugging Face Hub', 'output/RUN --repo-id ORG/NAME --dry-run')
+    command(
+        'verify',
+        None,
+        'fetch released weights and check them against the manifest',
+        'regnet_convlstm_20.cifar10_jpeg75',
+    )
+
     sub = command(
         'autoload',
         cmd_autoload,
@@ -345,6 +354,11 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     Returns:
         Exit status: 0, or 2 after one line on stderr that says what was wrong, 130 after Ctrl-C.
     """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] in (['push'], ['verify']):  # they have parsers of their own
+        launch.register()
+        module = importlib.import_module(f'.weights.{argv[0]}', __package__)
+        return module.main(argv[1:], prog=f'{PROG} {argv[0]}')
     args, flags = make_parser().parse_known_args(argv)
     args.flags = flags
     if flags and args.command != 'train':

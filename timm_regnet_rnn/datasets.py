@@ -1,9 +1,11 @@
 """The data sets that recipes and released weights speak of: names, labels and statistics, in this one place."""
 
+import json
 from dataclasses import dataclass
-from typing import Dict, Tuple
+from pathlib import Path
+from typing import Any, Dict, Tuple
 
-__all__ = ['DATASETS', 'Dataset', 'labels_of']
+__all__ = ['DATASETS', 'Dataset', 'dataset_name', 'labels_of']
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,16 @@ DATASETS: Dict[str, Dataset] = dict(
 def labels_of(name: str) -> Tuple[str, ...]:
     """The labels of a data set by the name that tables give it, () where they are not known."""
     return next((dataset.labels for dataset in DATASETS.values() if dataset.name == name), ())
+
+
+def dataset_name(settings: Dict[str, Any]) -> Tuple[str, str]:
+    """Key and name of the data set: what prepare_data.py noted, torchvision's, or else the folder's name."""
+    key = settings['dataset'].split('/')[-1]
+    prepared = Path(settings['data_dir']) / 'prepared.json'
+    if not key and prepared.is_file():
+        try:
+            key = str(json.loads(prepared.read_text(encoding='utf-8'))['dataset'])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f'{str(prepared)!r} is damaged: it does not say which data set this is.') from None
+    key = key or Path(settings['data_dir']).resolve().name
+    return key, DATASETS[key].name if key in DATASETS else key

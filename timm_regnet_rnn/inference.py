@@ -94,8 +94,7 @@ def _labels(folder: Path, settings: Dict[str, Any], classes: int) -> List[str]:
     Raises:
         UsageError: The folder's are not as many as there are classes.
     """
-    from .datasets import labels_of
-    from .training.record import dataset_name
+    from .datasets import dataset_name, labels_of
 
     file = folder / CLASSES
     if file.is_file():

@@ -10,6 +10,7 @@ from timm.models._registry import get_pretrained_cfg
 
 from .conv_rnn import CELLS
 from .datasets import DATASETS
+from .names import CIFAR_DEPTHS, IMAGENET_DEPTHS, parse_name
 from .regulated_resnet import RegulatedResNet
 from .reparameterize import link_stem
 from .warm_start import checkpoint_filter_fn
@@ -20,8 +21,6 @@ from .weights.manifest import RELEASED, hub_id
 __all__ = []  # register_model adds each entrypoint
 
 CIFAR10 = DATASETS['cifar10']
-CIFAR_DEPTHS = (20, 32, 44, 56, 110)
-IMAGENET_DEPTHS = (18, 34, 50, 101, 152)
 SPARE = 2**28  # bytes that a model may take beyond its weights file, for a regulator or another classifier
 
 
@@ -142,7 +141,7 @@ def _warm_cfg(source: str) -> Dict[str, Any]:
 
 def _released_cfg(name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
     """Configuration of released weights, with what was measured from the stored file."""
-    depth = int(name.split('.')[0].split('_')[-1])
+    depth = parse_name(name).depth
     metrics = entry['metrics']
     return (_cifar_cfg if depth in CIFAR_DEPTHS else _cfg)(
         **entry['data_config'],

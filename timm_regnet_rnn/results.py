@@ -10,6 +10,8 @@ from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Seq
 
 import yaml
 
+from .names import parse_name
+
 HERE = Path(__file__).resolve().parent
 # A wheel carries the recipes inside the package; a checkout has them in a folder of their own.
 IN_WHEEL, IN_CHECKOUT = HERE / 'training' / 'recipes', HERE.parent / 'train_recipes'
@@ -71,7 +73,7 @@ T975 = (
     2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086,
 )
 # fmt: on
-FAMILIES = ('resnet', 'convrnn', 'convgru', 'convlstm')  # parts of models' names, in the order of rows
+FAMILIES = ('', 'convrnn', 'convgru', 'convlstm')  # cells, in the order of rows
 
 
 def split_kwargs(text: str) -> List[str]:
@@ -81,13 +83,11 @@ def split_kwargs(text: str) -> List[str]:
 
 def resnet_of(label: Label) -> Optional[Label]:
     """Label of the ResNet that a RegNet is measured against; arguments that both can have must agree."""
-    match = re.fullmatch(r'(se)?regnet_conv[a-z]+_(\d+)', label[0])
-    if not match:
+    name = parse_name(label[0])
+    if not name.cell or name.tag:  # a ResNet, or one that starts elsewhere
         return None
-    name = f'{match[1] or ""}resnet{match[2]}'
-    cifar = re.sub(r'(\d+)', r'_\1', f'cifar_{name}')
     shared = [arg for arg in split_kwargs(label[1]) if arg.split('=')[0] not in REGULATOR_KWARGS]
-    return cifar if cifar in COMPLEXITY else name, ' '.join(shared)
+    return name.resnet, ' '.join(shared)
 
 
 MODELS = {*COMPLEXITY, *(resnet[0] for name in COMPLEXITY if (resnet := resnet_of((name, ''))))}
@@ -95,9 +95,8 @@ MODELS = {*COMPLEXITY, *(resnet[0] for name in COMPLEXITY if (resnet := resnet_o
 
 def traits(model: str) -> Tuple[int, bool, int]:
     """Depth, whether with SE, and index of the family."""
-    name = model.split('.')[0]  # a tag may name another model
-    family = next(i for i, part in enumerate(FAMILIES) if part in name)
-    return int(re.findall(r'\d+', name)[0]), 'sere' in name, family
+    name = parse_name(model)
+    return name.depth, name.se, FAMILIES.index(name.cell)
 
 
 def row_order(label: Label) -> Tuple[Any, ...]:

@@ -358,7 +358,8 @@ def from_resnet(
         parameter = next(resnet.parameters())
         return regnet.to(device=parameter.device, dtype=parameter.dtype).train(resnet.training)
     if not isinstance(resnet, ResNet):
-        raise TypeError(f"from_resnet takes a model of timm's ResNet class or torchvision's, got {type(resnet).__name__}.")
+        kind = type(resnet).__name__
+        raise TypeError(f"from_resnet takes a model of timm's ResNet class or torchvision's, got {kind}.")
     if any(isinstance(m, (RegulatedBasicBlock, RegulatedBottleneck)) for m in resnet.modules()):
         raise TypeError('from_resnet takes a ResNet; this model has regulators already.')
     _refuse_adaptation(kwargs)

@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Union
 
-__all__ = ['check_recipe', 'load_recipe', 'train_options']
+from ..errors import did_you_mean
+
+__all__ = ['check_recipe', 'find_recipe', 'load_recipe', 'train_options']
 
 PAIRS = ('scale', 'ratio', 'cutmix_minmax')  # argparse takes any number of values, timm unpacks two
 PLURAL = {'int': 'whole numbers', 'float': 'numbers', 'str': 'texts'}
@@ -80,6 +82,14 @@ def train_options(train_py: Union[str, Path]) -> Dict[str, Dict[str, Any]]:
     raise ValueError(f'cannot read the options of {str(train_py)!r}: {reason}')
 
 
+def find_recipe(name: str) -> str:
+    """The file of a recipe: that of the name, or one of ours, with or without `.yaml` (`cifar_paper`)."""
+    from ..results import RECIPES
+
+    ours = RECIPES / f'{name.removesuffix(".yaml")}.yaml'
+    return str(ours) if not Path(name).exists() and ours.is_file() else name
+
+
 def load_recipe(path: Union[str, Path]) -> Dict[str, Any]:
     """Read a recipe; `check_recipe` tells whether train.py can take it.
 
@@ -98,7 +108,10 @@ def load_recipe(path: Union[str, Path]) -> Dict[str, Any]:
     try:
         text = Path(path).read_text(encoding='utf-8')
     except FileNotFoundError:
-        raise ValueError(f'no recipe {where}.') from None
+        from ..results import RECIPES
+
+        hint = did_you_mean(Path(path).stem, [file.stem for file in RECIPES.glob('*.yaml')])
+        raise ValueError(f'no recipe {where}.{hint}') from None
     except UnicodeDecodeError:
         raise ValueError(f'recipe {where} is not text in UTF-8.') from None
     except OSError as e:

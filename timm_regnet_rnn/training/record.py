@@ -14,7 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from filelock import FileLock
 
-from ..datasets import DATASETS
+from ..datasets import dataset_name
 from ..results import COLUMNS, CURVE
 
 __all__ = [
@@ -126,19 +126,6 @@ def read_result(file: Path) -> Dict[str, Any]:
         return row
     except (ValueError, AttributeError) as e:
         raise ValueError(f'{str(file)!r} is damaged ({e}); delete it, and the same command writes it anew.') from None
-
-
-def dataset_name(settings: Dict[str, Any]) -> Tuple[str, str]:
-    """Key and name of the data set: what prepare_data.py noted, torchvision's, or else the folder's name."""
-    key = settings['dataset'].split('/')[-1]
-    prepared = Path(settings['data_dir']) / 'prepared.json'
-    if not key and prepared.is_file():
-        try:
-            key = str(json.loads(prepared.read_text(encoding='utf-8'))['dataset'])
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f'{str(prepared)!r} is damaged: it does not say which data set this is.') from None
-    key = key or Path(settings['data_dir']).resolve().name
-    return key, DATASETS[key].name if key in DATASETS else key
 
 
 def overrides(settings: Dict[str, Any], given: Sequence[str]) -> str:

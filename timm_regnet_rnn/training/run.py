@@ -13,6 +13,7 @@ from typing import Any, Dict, List, Optional, Sequence
 
 from filelock import FileLock, Timeout
 
+from ..results import IN_WHEEL
 from ..weights.load import check_file
 from .data import check_data
 from .preflight import (
@@ -27,7 +28,7 @@ from .preflight import (
     check_room,
     total_epochs,
 )
-from .recipe import check_recipe, load_recipe, train_options
+from .recipe import check_recipe, find_recipe, load_recipe, train_options
 from .record import append_row, code_commit, live_accuracy, make_row, newest_checkpoint, read_result, run_name
 from .train_py import find_train_py, machine_flags, parse_flags
 
@@ -82,12 +83,13 @@ def train(
     """Train a model by a recipe, or go on where an earlier run in the same folder stopped; then write its row.
 
     Args:
-        recipe: YAML file for train.py.
+        recipe: YAML file for train.py, or the name of one of ours, e.g. 'cifar_paper'.
         model: Any timm model.
         data_dir: The data.
         flags: More flags of train.py; they win over the recipe.
         output: The run's folder; `output/` and a name made of the settings if None.
-        results: CSV file for the row, `results.csv` beside the recipe if None.
+        results: CSV file for the row; None for `results.csv` beside the recipe, for an installed one in the current
+            folder.
         timm_dir: A checkout of timm, see `find_train_py`.
         nproc: Processes, one per visible GPU if None.
         dry_run: Print the command and stop.
@@ -100,6 +102,7 @@ def train(
     """
     import torch
 
+    recipe = find_recipe(recipe)
     config = load_recipe(recipe)
     train_py = find_train_py(timm_dir)
     options = train_options(train_py)
@@ -133,7 +136,9 @@ def train(
         print(f'timm-regnet-rnn: warning: {warning}', file=sys.stderr, flush=True)
     name = run_name(settings, Path(recipe), list(given))
     folder = Path(output) if output else Path('output') / name
-    table = Path(results) if results else Path(recipe).parent / 'results.csv'
+    # an installed recipe's folder is replaced by the next install
+    beside = Path() if Path(recipe).parent == IN_WHEEL else Path(recipe).parent
+    table = Path(results) if results else beside / 'results.csv'
     check_results(table)
     check_room(folder, parameters, settings)
 

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import results
 from ..complexity import complexity
-from ..regnet_rnn import CIFAR_DEPTHS
+from ..names import CIFAR_DEPTHS, parse_name
 from .folder import Trained
 
 HOME = Path(__file__).resolve().parent
@@ -27,9 +27,9 @@ SETTINGS = ('epochs', 'batch_size', 'opt', 'lr', 'weight_decay', 'sched', 'seed'
 
 def describe(name: str) -> str:
     """A model's name in words."""
-    kind = 'an SE-ResNet' if 'sere' in name else 'a ResNet'
-    cell = next((title for key, title in CELLS.items() if key in name), None)
-    size = ' for small images' if int(name.split('_')[-1]) in CIFAR_DEPTHS else ''
+    parts = parse_name(name)
+    kind, cell = 'an SE-ResNet' if parts.se else 'a ResNet', CELLS.get(parts.cell)
+    size = ' for small images' if parts.depth in CIFAR_DEPTHS else ''
     if cell is None:
         return f'{kind}{size}, without a regulator: what its RegNet is measured against'
     return f'{kind}{size} whose blocks share a {cell} that runs along depth and remembers what the shortcut forgets'
@@ -54,6 +54,7 @@ def make_card(
     entry: Optional[Dict[str, Any]] = None,
     measured: Optional[Dict[str, Any]] = None,
     groups: Optional[Dict[Any, Any]] = None,
+    license: str = 'apache-2.0',
 ) -> ModelCard:
     """The card of a model.
 
@@ -105,7 +106,7 @@ def make_card(
     data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
-        license=facts.get('license', 'apache-2.0'),
+        license=facts.get('license', license),
         datasets=[DATASETS[dataset]] if dataset in DATASETS else None,
         tags=['image-classification', 'timm', 'transformers', 'regnet', 'timm-regnet-rnn', 'arxiv:2101.00590'],
         base_model=base,

@@ -21,9 +21,8 @@ from timm.utils import AverageMeter, accuracy
 
 import timm_regnet_rnn
 
-from ..datasets import labels_of
+from ..datasets import dataset_name, labels_of
 from ..errors import UsageError
-from ..training.record import dataset_name
 from .config import write_config
 from .load import check_file, load_checkpoint
 

@@ -38,6 +38,7 @@ from .verify import store_logits
 
 TOLERANCE = 0.05  # points of top-1, what arithmetic in another order may change
 FAILURES = (HfHubHTTPError, LocalTokenNotFoundError, SafetensorError)
+EMBEDDED = 5 << 20  # bytes that weights inside the package may have
 FILES = ('model.safetensors', 'config.json', 'README.md')
 
 
@@ -157,12 +158,15 @@ def record(
     release: str,
     trained: Trained,
     repo_id: str,
-    revision: str,
+    revision: Optional[str],
     weights: Path,
     run: results.Run,
     metrics: Dict[str, Any],
+    license: str,
+    manifest: Path,
+    embed: bool,
 ) -> None:
-    """Enter released weights into the manifest, and what they compute on stored images into checks/."""
+    """Enter released weights into a checkout's manifest, and what they compute on stored images into checks/."""
     defaults = timm.get_pretrained_cfg(release.split('.')[0])
     entry = dict(
         repo_id=re.sub(f'^{re.escape(ORGANISATION)}/', '{org}/', repo_id),
@@ -170,7 +174,7 @@ def record(
         sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
         tensors=tensor_digest(weights),
         size=weights.stat().st_size,
-        license='apache-2.0',
+        license=license,
         dataset=run.dataset,
         num_classes=trained.model.num_classes,
         labels=trained.labels or None,
@@ -183,10 +187,13 @@ def record(
         run=run.run,
         metrics=metrics,
     )
-    store_logits(release, trained.model, trained.data_config)
-    scratch = MANIFEST.with_suffix('.tmp')
-    scratch.write_text(json.dumps({**RELEASED, release: entry}, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
-    os.replace(scratch, MANIFEST)
+    store_logits(release, trained.model, trained.data_config, manifest.parents[2])
+    if embed:
+        shutil.copyfile(weights, manifest.with_name(f'{release}.safetensors'))
+    released = json.loads(manifest.read_text(encoding='utf-8'))
+    scratch = manifest.with_suffix('.tmp')
+    scratch.write_text(json.dumps({**released, release: entry}, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
+    os.replace(scratch, manifest)
 
 
 def load(args: argparse.Namespace) -> Trained:
@@ -215,6 +222,11 @@ def load(args: argparse.Namespace) -> Trained:
         name = trained.name.split('.')[0]
         if trained.args or not re.fullmatch(rf'{name}\.\w+', args.release):
             raise UsageError(f'--release takes {name}.TAG, for a model of its default arguments; got {args.release!r}.')
+        if not (args.manifest.parents[2] / 'pyproject.toml').is_file():
+            raise UsageError(
+                f'--release writes the manifest of a checkout, and {str(args.manifest)!r} is an installed copy, which '
+                'the next install replaces: run `python hub/push.py` of a checkout.'
+            )
         if not args.data_dir or args.dry_run or args.create_pr:
             raise UsageError(
                 '--release needs --data-dir, for figures of the very weights, and a push that is no trial.'
@@ -227,6 +239,8 @@ def push(args: argparse.Namespace) -> int:
     if bool(args.tag) == bool(args.checkpoint):
         raise UsageError('give a CHECKPOINT or --tag NAME.TAG, one of them.')
     repo_id = args.repo_id or (hub_id(args.tag).split('@')[0] if args.tag in RELEASED else None)
+    if args.embed and args.release:
+        repo_id = repo_id or f'{ORGANISATION}/{args.release}'
     if not repo_id or not re.fullmatch(r'[\w.-]+/[\w.-]+', repo_id):
         raise UsageError(f'--repo-id must be ORG/NAME; got {repo_id!r}.')
     if args.expect_top1 is not None and not args.data_dir:
@@ -234,6 +248,8 @@ def push(args: argparse.Namespace) -> int:
     trained = load(args)
     groups = results.read_runs(Path(args.results))
     run = None if args.tag else find_run(groups, trained, Path(args.checkpoint), args.ema, args.run)
+    if args.embed and not args.release:
+        raise UsageError('--embed needs --release NAME.TAG.')
     if args.release and run is None:
         raise UsageError('--release needs the row of results.csv that the weights were measured for; --run names it.')
     entry, measured = RELEASED.get(args.tag), None
@@ -245,7 +261,7 @@ def push(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write_folder(trained, folder, args.tag or args.release or '')
-        card = make_card(trained, repo_id, run, entry, measured, groups)
+        card = make_card(trained, repo_id, run, entry, measured, groups, args.license)
         card.save(folder / 'README.md')
         files = [folder / name for name in FILES]
         for file in files:
@@ -255,11 +271,19 @@ def push(args: argparse.Namespace) -> int:
         if args.dry_run:
             print(f'would be sent to {repo_id}, revision {args.revision or "main"}, in one commit; nothing was sent.')
             return 0
+        if args.embed:
+            if files[0].stat().st_size > EMBEDDED:
+                raise UsageError(f'--embed is for weights of at most {EMBEDDED >> 20} MB; push these.')
+            assert run is not None and measured is not None
+            record(args.release, trained, repo_id, None, files[0], run, measured, args.license, args.manifest, True)
+            print(f'{args.release} is inside the package of {str(args.manifest.parents[2])!r}; nothing was sent.')
+            return 0
         api = HfApi(library_name='timm_regnet_rnn', library_version=__version__)
         revision = send(api, repo_id, files, args)
         check_sent(repo_id, revision, files)
         if args.release and run is not None and measured is not None:
-            record(args.release, trained, repo_id, revision, files[0], run, measured)
+            facts = (args.release, trained, repo_id, revision, files[0], run, measured, args.license)
+            record(*facts, args.manifest, False)
     print(f'{repo_id} at {revision} holds these files, bit for bit.')
     return 0
 
@@ -290,9 +314,15 @@ def explain(error: BaseException, repo_id: Optional[str]) -> str:
     return f'cannot push to {repo_id!r} ({one_line(error)}).' if status else one_line(error)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """Run the command; returns its exit status, 2 after one line that says what was wrong."""
-    parser = Parser(prog='push.py', description=__doc__.splitlines()[0])
+def main(argv: Optional[Sequence[str]] = None, prog: str = 'push.py', manifest: Path = MANIFEST) -> int:
+    """Run the command; returns its exit status, 2 after one line that says what was wrong.
+
+    Args:
+        argv: Arguments, those of the process if None.
+        prog: The command's name.
+        manifest: What --release writes.
+    """
+    parser = Parser(prog=prog, description=(__doc__ or '').splitlines()[0])
     add = parser.add_argument
     add('checkpoint', nargs='?', metavar='CHECKPOINT', help="train.py's .pth.tar, or a .safetensors file")
     add('--tag', metavar='NAME.TAG', help='released weights of the manifest instead')
@@ -312,7 +342,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     add('--message', default='Add weights, configuration and model card', metavar='M', help='of the commit')
     add('--folder', metavar='DIR', help='keep what is sent in this new folder')
     add('--dry-run', action='store_true', help='send nothing')
-    add('--release', metavar='NAME.TAG', help='enter the weights into the manifest afterwards')
+    add(
+        '--license',
+        default='apache-2.0',
+        metavar='ID',
+        help='of the weights; default: %(default)s',
+    )
+    add('--release', metavar='NAME.TAG', help="enter the weights into the checkout's manifest afterwards")
+    add('--embed', action='store_true', help='with --release: keep small weights inside the package, send nothing')
     args = parser.parse_args(argv)
+    args.manifest = manifest
     repo_id = args.repo_id or args.tag
-    return run_command('push.py', lambda: push(args), lambda e: explain(e, repo_id), (*EXPECTED, *FAILURES))
+    return run_command(prog, lambda: push(args), lambda e: explain(e, repo_id), (*EXPECTED, *FAILURES))

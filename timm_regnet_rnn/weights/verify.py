@@ -8,7 +8,6 @@ For each entry: the file from the Hub (or inside the package), its size, sha256 
 logits on the images stored in checks/, against those stored beside them.
 """
 
-import argparse
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
@@ -18,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
-from ..errors import UsageError, one_line, report
+from ..errors import Parser, UsageError, one_line, report
 from .folder import Trained, evaluate, tensor_digest
 from .manifest import RELEASED, hub_id
 from .pull import pull
@@ -35,18 +34,17 @@ def logits(model: torch.nn.Module, images: torch.Tensor, config: Dict[str, Any])
         return model.eval()((images / 255 - mean) / std)
 
 
-def store_logits(name: str, model: torch.nn.Module, config: Dict[str, Any]) -> None:
-    """Keep what a model computes on four views of the README's photograph."""
+def store_logits(name: str, model: torch.nn.Module, config: Dict[str, Any], checkout: Path) -> None:
+    """Keep what a model computes on four views of the README's photograph, in a checkout."""
     channels, height, width = config['input_size']
-    photo = Image.open(HOME.parents[1] / 'docs' / 'chelsea.jpg').convert('L' if channels == 1 else 'RGB')
+    photo = Image.open(checkout / 'docs' / 'chelsea.jpg').convert('L' if channels == 1 else 'RGB')
     views = [photo, photo.transpose(Image.Transpose.FLIP_TOP_BOTTOM), photo.crop((0, 0, 150, 150)), photo.rotate(90)]
     pixels = [torch.frombuffer(bytearray(v.resize((width, height)).tobytes()), dtype=torch.uint8) for v in views]
     images = torch.stack(pixels).view(4, height, width, -1).permute(0, 3, 1, 2)
     images = images.repeat(1, -(-channels // images.shape[1]), 1, 1)[:, :channels].contiguous()
-    (HOME / 'checks').mkdir(exist_ok=True)
-    save_file(
-        dict(images=images, logits=logits(model, images, config).clone()), HOME / 'checks' / f'{name}.safetensors'
-    )
+    checks = checkout / 'timm_regnet_rnn' / 'weights' / 'checks'
+    checks.mkdir(exist_ok=True)
+    save_file(dict(images=images, logits=logits(model, images, config).clone()), checks / f'{name}.safetensors')
 
 
 def verify(name: str, data_dir: Optional[str] = None) -> str:
@@ -80,20 +78,20 @@ def verify(name: str, data_dir: Optional[str] = None) -> str:
     return words
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Optional[Sequence[str]] = None, prog: str = 'verify.py') -> int:
     """Run the command; returns its exit status, 2 if anything was not as it should be."""
-    parser = argparse.ArgumentParser(prog='verify.py', description=__doc__.splitlines()[0])
+    parser = Parser(prog=prog, description=(__doc__ or '').splitlines()[0])
     parser.add_argument('names', nargs='*', metavar='NAME.TAG')
     parser.add_argument('--all', action='store_true', help='everything in the manifest')
     parser.add_argument('--data-dir', metavar='DIR', help='image folder of the data set: measure the accuracy too')
     args = parser.parse_args(argv)
     if bool(args.names) == args.all:
-        parser.exit(2, 'verify.py: give names, or --all.\n')
+        parser.error('give names, or --all.')
     failed = False
     for name in RELEASED if args.all else args.names:
         try:
             print(verify(name, args.data_dir))
         except (UsageError, OSError, ValueError, RuntimeError) as e:
             failed = True
-            report('verify.py', one_line(e))
+            report(prog, one_line(e))
     return 2 if failed else 0

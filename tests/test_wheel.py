@@ -1,0 +1,90 @@
+"""What an installed wheel can do by itself, from an empty folder: predict, pull, push, verify, and train by a name."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from hub_server import HubServer
+from PIL import Image
+from safetensors.torch import save_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TAG = 'regnet_convlstm_20.cifar10_jpeg75'
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    """A folder with the wheel's content, and nothing of the checkout."""
+    folder = tmp_path_factory.mktemp('wheel')
+    pip = [sys.executable, '-m', 'pip', '-q', '--disable-pip-version-check']
+    build = ['wheel', '--no-deps', '--no-build-isolation', '-w', str(folder), str(ROOT)]
+    subprocess.run([*pip, *build], check=True, capture_output=True)
+    (file,) = folder.glob('*.whl')
+    assert file.stat().st_size < 20 << 20
+    subprocess.run([*pip, 'install', '--no-deps', '--target', str(folder / 'site'), str(file)], check=True)
+    return folder / 'site'
+
+
+@pytest.fixture
+def command(wheel, tmp_path, monkeypatch):
+    """Runs a command of the wheel in an empty folder; nothing may be written beside it."""
+    monkeypatch.chdir(tmp_path)
+
+    def content():
+        return {p: p.stat().st_mtime_ns for p in wheel.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+
+    before = content()
+
+    def run(*args, status=0, **env):
+        env = {**os.environ, 'PYTHONPATH': str(wheel), 'TIMM_DIR': str(ROOT / 'tests' / 'stand_in'), **env}
+        words = [sys.executable, '-m', 'timm_regnet_rnn', *map(str, args)]
+        done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=tmp_path)
+        assert done.returncode == status, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    yield run
+    assert content() == before
+
+
+def test_the_package_is_the_wheels(wheel, command):
+    Path('where.py').write_text('import timm_regnet_rnn; print(timm_regnet_rnn.__file__)')
+    assert str(wheel) in command('run', 'where.py')
+
+
+def test_predict_pull_and_verify(command):
+    assert 'cat' in command('predict', ROOT / 'docs' / 'chelsea.jpg')
+    command('pull', TAG, '--to', 'lab')
+    assert 'cat' in command('predict', ROOT / 'docs' / 'chelsea.jpg', '--model', f'local-dir:lab/{TAG}')
+    assert 'logits within' in command('verify', '--all')
+
+
+def test_push_to_a_hub(command, tmp_path):
+    net = timm.create_model('regnet_convgru_20')
+    save_file(net.state_dict(), tmp_path / 'net.safetensors')
+    with HubServer() as hub:
+        hub.add_user('hf_right', 'alice')
+        env = dict(HF_ENDPOINT=hub.endpoint, HF_TOKEN='hf_right', HF_HUB_OFFLINE='0', HF_HUB_DISABLE_XET='1')
+        env.update(HF_HOME=str(tmp_path / 'cache'))
+        args = ['push', 'net.safetensors', '--model', 'regnet_convgru_20', '--repo-id', 'alice/net', '--run', '']
+        assert 'hold these files, bit for bit' in command(*args, **env).replace('holds', 'hold')
+        assert {'model.safetensors', 'config.json', 'README.md'} <= hub.files('alice/net').keys()
+        refusal = command(*args, '--release', 'regnet_convgru_20.mine', '--data-dir', '.', status=2, **env)
+    assert 'is an installed copy' in refusal and refusal.count('\n') == 1
+
+
+def test_train_by_a_name(command, tmp_path):
+    for split in ('train', 'test'):
+        for name in ('cat', 'dog'):
+            (tmp_path / 'data' / split / name).mkdir(parents=True)
+            for i in range(4):
+                Image.new('RGB', (32, 32), (60 * i, 10, 10)).save(tmp_path / 'data' / split / name / f'{i}.png')
+    flags = ['--num-classes', '2', '--epochs', '1', '--device', 'cpu', '-j', '0', '--batch-size', '4']
+    args = ['train', 'cifar_short', '--model', 'regnet_convrnn_20', '--data-dir', 'data', *flags]
+    assert 'top-1' in command(*args)
+    assert (tmp_path / 'results.csv').is_file() and list((tmp_path / 'curves').iterdir())
+    assert "Did you mean 'cifar_short'?" in command(*['train', 'cifar_shrt', *args[2:]], status=2)
