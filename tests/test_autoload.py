@@ -12,6 +12,8 @@ import pytest
 
 import timm_regnet_rnn
 
+pytestmark = pytest.mark.slow
+
 USE = 'import timm; timm.create_model("regnet_convlstm_20", device="meta"); print("created")'
 
 

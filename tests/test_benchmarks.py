@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HOUSE = Path(__file__).parent.parent
 sys.path.append(str(HOUSE))
 from benchmarks import scaling, speed  # noqa: E402

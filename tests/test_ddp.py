@@ -1,6 +1,10 @@
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import os, sys, torch, torch.distributed as dist, timm, timm_regnet_rnn
 from torch.nn.parallel import DistributedDataParallel as DDP

@@ -22,6 +22,8 @@ from timm_regnet_rnn import ops
 from timm_regnet_rnn.conv_rnn import CELLS
 from timm_regnet_rnn.export import export
 
+pytestmark = pytest.mark.slow
+
 EMBEDDED = 'regnet_convlstm_20'
 PLAIN_TORCH = """
 import json, sys, torch

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_regnet_rnn.ops import fused, fused_cuda, reference
 
+pytestmark = pytest.mark.slow
+
 triton = pytest.importorskip('triton')
 
 NCHW, CL = torch.contiguous_format, torch.channels_last

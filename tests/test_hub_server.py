@@ -28,6 +28,8 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = bytes(torch.randint(256, (300_000,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)).tolist())
 FILES = {'README.md': b'---\nlicense: mit\n---\n# Card', 'model.safetensors': WEIGHTS, 'extra/notes.txt': b'one\ntwo\n'}
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 gradio = pytest.importorskip('gradio', reason='the Space needs gradio')
 playwright = pytest.importorskip('playwright.sync_api', reason='needs playwright to drive Chromium')
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason='needs Chromium')]
 
 ROOT = Path(__file__).parent.parent
 APP = ROOT / 'hub' / 'space' / 'app.py'

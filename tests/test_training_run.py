@@ -22,6 +22,8 @@ from timm_regnet_rnn.training import run as training
 from timm_regnet_rnn.training.recipe import train_options
 from timm_regnet_rnn.training.train_py import TIMM_URL, find_train_py, machine_flags
 
+pytestmark = pytest.mark.slow
+
 STAND_IN = Path(__file__).parent / 'stand_in'
 RECIPES = Path(__file__).parent.parent / 'train_recipes'
 OPTIONS = json.loads((RECIPES / 'options.json').read_text(encoding='utf-8'))['options']

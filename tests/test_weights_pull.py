@@ -22,6 +22,8 @@ from timm.models import save_for_hf
 
 from timm_regnet_rnn.cli import main
 
+pytestmark = pytest.mark.slow
+
 BODY = '/lfs/'
 RESOLVE = '/resolve/main/model.safetensors'
 WEIGHTS = bytes(random.Random(0).randbytes(300_000))

@@ -20,6 +20,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_weights_pull import environment
 
+pytestmark = pytest.mark.slow
+
 HUB = Path(__file__).parent.parent / 'hub'
 TAG = 'regnet_convlstm_20.cifar10_jpeg75'
 EMBEDDED = HUB.parent / 'timm_regnet_rnn' / 'weights' / f'{TAG}.safetensors'
