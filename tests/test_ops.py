@@ -14,8 +14,10 @@ from conftest import randomize, scaled_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library as torch_library
+from torch.utils.flop_counter import FlopCounterMode
 
 from timm_regnet_rnn import ops
+from timm_regnet_rnn.complexity import complexity
 from timm_regnet_rnn.conv_rnn import CELLS
 from timm_regnet_rnn.ops import fused, reference
 
@@ -717,3 +719,13 @@ def test_saved_programs_need_no_package_of_ours(tmp_path):
     script += 'torch.testing.assert_close(torch.export.load("net.pt2").module()(x), want, rtol=1e-3, atol=1e-3); '
     script += 'assert "timm_regnet_rnn" not in sys.modules'
     subprocess.run([sys.executable, '-c', script], check=True, cwd=tmp_path)
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', ['regnet_convlstm_20', 'regnet_convgru_20', 'regnet_convrnn_20'])
+def test_flops_are_counted(name):
+    """torch's own counter finds what `timm-regnet-rnn list` says."""
+    net = timm.create_model(name).eval().to(memory_format=CL)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        net(torch.randn(1, 3, 32, 32).contiguous(memory_format=CL))
+    assert counter.get_total_flops() == 2 * complexity(timm.create_model(name, device='meta').eval())['macs']

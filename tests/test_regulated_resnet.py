@@ -646,3 +646,30 @@ def test_pickle_and_deepcopy():
         reparameterize_model(other, inplace=True)
         assert type(other.bn1) is nn.Identity
     assert type(net.bn1) is nn.BatchNorm2d
+
+
+@pytest.mark.parametrize(
+    'kwargs, words',
+    [
+        (dict(act_layer='foo'), "act_layer: timm has no 'foo'"),
+        (dict(norm_layer='foo'), "norm_layer: timm has no 'foo'"),
+        (dict(global_pool='foo'), "global_pool: timm has no 'foo'"),
+        (dict(aa_layer='foo'), "aa_layer: timm has no 'foo'"),
+        (dict(block_args=dict(attn_layer='foo')), "attn_layer: timm has no 'foo'"),
+        (dict(channels=(16, 0, 64)), 'channels must be positive'),
+        (dict(channels=(16, 32.0, 64)), 'channels must be positive'),
+    ],
+)
+def test_layers_that_timm_does_not_know(kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        timm.create_model('regnet_convlstm_20', **kwargs)
+
+
+def test_layers_by_name_and_class():
+    for kwargs in (
+        dict(act_layer='silu'),
+        dict(norm_layer=nn.BatchNorm2d),
+        dict(global_pool=''),
+    ):
+        timm.create_model('regnet_convlstm_20', device='meta', **kwargs)
+    assert 'regulator' in repr(timm.create_model('regnet_convlstm_20', device='meta'))

@@ -5,15 +5,19 @@ replace modules find what they know. Where nothing listens to them, several may 
 one predicate for that, `ops.fused_on_cpu` the one for the tensors.
 """
 
-from typing import Any, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d, get_act_layer, get_attn, get_norm_layer
 
 from . import ops
 
-__all__ = ['SampledConv2d', 'fuse', 'listened', 'norm_act', 'norm_in_step', 'sample_first', 'scale_and_shift']
+__all__ = [
+    *('SampledConv2d', 'check_layers', 'fuse', 'listened', 'norm_act', 'norm_in_step', 'sample_first'),
+    'scale_and_shift',
+]
 
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
@@ -116,3 +120,22 @@ def fuse(conv: nn.Module, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     out = F.linear(x.permute(0, 2, 3, 1), weight[:, :width], conv.bias)
     out.view(-1, weight.shape[0]).addmm_(h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]), weight[:, width:].t())
     return out.permute(0, 3, 1, 2)
+
+
+def check_layers(act_layer: Any, norm_layer: Any, global_pool: str, kwargs: Dict[str, Any]) -> None:
+    """Refuse names that timm's factories do not know, which they say by many kinds of errors."""
+    attention = (kwargs.get('block_args') or {}).get('attn_layer')
+    made: List[Tuple[str, Any, Callable[[Any], Any]]] = [
+        ('act_layer', act_layer, get_act_layer),
+        ('norm_layer', norm_layer, lambda name: get_norm_layer(name)(8)),
+        ('global_pool', global_pool, lambda name: SelectAdaptivePool2d(pool_type=name)),
+        ('aa_layer', kwargs.get('aa_layer'), lambda name: None),  # its ResNet takes classes alone
+        ('attn_layer', attention, get_attn),
+    ]
+    for argument, value, make in made:
+        try:
+            found = not isinstance(value, str) or make(value) is not None or value in ('', 'none')
+        except Exception:
+            found = False
+        if not found:
+            raise ValueError(f'{argument}: timm has no {value!r}; give a name it knows, or a class.')

@@ -22,7 +22,7 @@ from timm.models._manipulate import checkpoint
 from timm.models.resnet import ResNet
 
 from .conv_rnn import CELLS, RegulatorCell
-from .layers import listened, sample_first
+from .layers import check_layers, listened, sample_first
 from .regulated_block import BLOCKS, RegulatedBasicBlock, RegulatedBottleneck, TimeStep
 from .reparameterize import link_stem
 
@@ -251,6 +251,9 @@ class RegulatedResNet(ResNet):
                 f'layers must be {num_stages} positive block counts, one per width and two blocks in all; '
                 f'got {tuple(layers)}.'
             )
+        if not all(isinstance(width, int) and width > 0 for width in channels):
+            raise ValueError(f'channels must be positive widths; got {tuple(channels)}.')
+        check_layers(act_layer, norm_layer, global_pool, kwargs)
         if in_chans < 1 or num_classes < 0:
             raise ValueError(f'in_chans must be at least 1 and num_classes 0; got {in_chans} and {num_classes}.')
         if cifar and (channels[0] % 2 or kwargs.get('replace_stem_pool') or kwargs.get('stem_width')):

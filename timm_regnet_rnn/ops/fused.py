@@ -9,10 +9,13 @@ Shapes are those of the package's docstring.
 """
 
 import importlib
-from typing import Any, Callable, Dict, List, Optional, Tuple
+import math
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, library
+from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 
@@ -85,6 +88,11 @@ def through_reference(cell: str, tensors: Tuple[Maybe, ...], grads: Tuple[Maybe,
         return [next(found) if t is not None and t.requires_grad else None for t in tensors]
 
 
+def _flops(gates: int, passes: int, x: Sequence[int], *_: Any, **__: Any) -> int:
+    """Floating point operations of a step: a gate is the paper's two convolutions, 2 + 9 multiply-adds per element."""
+    return 2 * 11 * gates * passes * math.prod(x)
+
+
 def _register(cell: str) -> Callable[..., Tuple[Tensor, Maybe]]:
     """The ops `{cell}` and `{cell}_backward`, and the step that calls them."""
     has_c = cell == 'conv_lstm'
@@ -148,6 +156,9 @@ def _register(cell: str) -> Callable[..., Tuple[Tensor, Maybe]]:
         return dx, dh, None if c is None else states.pop(0), dweight, dbias, dscale, dshift
 
     op.register_autograd(differentiate, setup_context=setup_context)
+    packets = (getattr(torch.ops.timm_regnet_rnn, name) for name in (cell, f'{cell}_backward'))
+    for packet, passes in zip(packets, (1, 2)):  # backward: the gradients of the inputs, and of the kernel
+        register_flop_formula(packet)(partial(_flops, GATES[cell], passes))
 
     def step(x, h, c, weight, bias, scale=None, shift=None):
         """On the CPU bfloat16 and NCHW are converted, which is little work beside the step; c' is channels_last then.
