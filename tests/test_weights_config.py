@@ -86,6 +86,12 @@ HOSTILE = {
     'division by zero': ('pretrained_cfg/std', [0.0, 1.0, 1.0]),
     'an infinite crop': ('pretrained_cfg/crop_pct', float('inf')),
     'an interpolation as a path': ('pretrained_cfg/interpolation', '../x'),
+    'an interpolation nobody knows': ('pretrained_cfg/interpolation', 'cubic'),
+    'a crop mode nobody knows': ('pretrained_cfg/crop_mode', 'middle'),
+    'a crop of a thousandth': ('pretrained_cfg/crop_pct', 0.001),
+    'images of gigabytes': ('pretrained_cfg/input_size', [3, 90000, 90000]),
+    'widths of terabytes': ('model_args/channels', [100000, 100000, 100000]),
+    'a width in words': ('model_args/channels', ['wide']),
 }
 
 

@@ -23,7 +23,10 @@ from ..regulated_resnet import RegulatedResNet
 __all__ = ['check_config', 'read_config', 'write_config']
 
 LARGEST_FILE = 2**20  # bytes
-LARGEST_COUNT = 10**5  # channels, classes, pixels
+LARGEST_COUNT = 10**5  # classes, and any other count
+LARGEST_SIDE, WIDEST = 4096, 8192  # pixels of an image's side, channels of a stage
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')  # timm's
+CROP_MODES = ('center', 'squash', 'border')
 MOST_BLOCKS = 1000
 ELSEWHERE = ('url', 'file', 'state_dict', 'custom_load', 'source')  # would lead to other files than the repository's
 FIELDS = {field.name for field in dataclasses.fields(PretrainedCfg)}
@@ -36,7 +39,8 @@ def _is_count(value: Any, least: int = 1) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_count, value))
+    sides = isinstance(value, (list, tuple)) and len(value) == 3 and all(map(_is_count, value))
+    return sides and max(value) <= LARGEST_SIDE
 
 
 def _is_color(value: Any) -> bool:
@@ -58,19 +62,21 @@ def _is_plain(value: Any, depth: int = 0) -> bool:
     return value is None or value == '' or _is_name(value)
 
 
-FORMS = dict(
-    input_size=(_is_size, 'three positive counts'),
-    test_input_size=(_is_size, 'three positive counts'),
-    min_input_size=(_is_size, 'three positive counts'),
+SIZES = f'three positive counts up to {LARGEST_SIDE}'
+FORMS: Dict[str, Any] = dict(
+    **{key: (_is_size, SIZES) for key in ('input_size', 'test_input_size', 'min_input_size')},
     num_classes=(lambda v: _is_count(v, 0), f'a count up to {LARGEST_COUNT}'),
     mean=(_is_color, 'a list of numbers'),
     std=(lambda v: _is_color(v) and all(x > 0 for x in v), 'a list of positive numbers'),
-    crop_pct=(lambda v: isinstance(v, (int, float)) and 0 < v <= 2, 'a number between 0 and 2'),
+    # the image is resized to 1 / crop_pct of the size
+    crop_pct=(lambda v: isinstance(v, (int, float)) and 0.1 <= v <= 2, 'a number from 0.1 to 2'),
+    interpolation=(lambda v: v in INTERPOLATIONS, f'one of {", ".join(INTERPOLATIONS)}'),
+    crop_mode=(lambda v: v in CROP_MODES, f'one of {", ".join(CROP_MODES)}'),
     hf_hub_filename=(
         lambda v: isinstance(v, str) and bool(re.fullmatch(r'\w[\w.-]*\.safetensors', v)),
         'NAME.safetensors',
     ),
-    **{key: (_is_name, 'a name') for key in ('architecture', 'interpolation', 'crop_mode', 'classifier', 'first_conv')},
+    **{key: (_is_name, 'a name') for key in ('architecture', 'classifier', 'first_conv')},
 )
 
 
@@ -114,6 +120,9 @@ def check_config(config: Any, what: str) -> None:
             refuse(f'model_args.{key[:40]!r}', 'an argument of RegulatedResNet', value)
         if not _is_plain(value):
             refuse(f'model_args.{key}', 'a name, a number of usual size or a few of them', value)
+    widths = args.get('channels', ())
+    if not isinstance(widths, (list, tuple)) or not all(_is_count(width) and width <= WIDEST for width in widths):
+        refuse('model_args.channels', f'a list of widths up to {WIDEST}', widths)
     layers = args.get('layers', ())
     if not isinstance(layers, list) and layers != () or not all(map(_is_count, layers)) or sum(layers) > MOST_BLOCKS:
         refuse('model_args.layers', f'a list of block counts, at most {MOST_BLOCKS} in all', layers)
