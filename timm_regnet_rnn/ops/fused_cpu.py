@@ -228,9 +228,9 @@ def forward(
     _check_float32(x, h, c, weight, bias)
     _check_vectors(x, scale, shift)
     x, h, c = map(_channels_last, (x, h, c))
-    outs = [empty(x) for _ in range(1 + (cell == 'conv_lstm'))]
     weight, bias, scale, shift = map(_contiguous, (weight, bias, scale, shift))
     room = _room(cell, x, False)
+    outs = [empty(x) for _ in range(1 + (cell == 'conv_lstm'))]
     if _call(f'{cell}_forward', x, weight, bias, x, h, c, scale, shift, outs[0], outs[-1], room) == UNUSUAL:
         with torch.autocast('cpu', enabled=False):
             raw, state = getattr(reference, f'{cell}_step')(x, h, c, weight, bias)
