@@ -436,7 +436,7 @@ def test_a_folder_for_a_machine_without_a_network(hub, tmp_path, capsys):
     (lab / 'regnet_convlstm_20').mkdir()
     capsys.readouterr()
     for name, words in (
-        ('nosuch', 'no pretrained weights are called'),
+        ('nosuch', "unknown model 'nosuch'; `timm-regnet-rnn list` prints the names."),
         ('resnet18', 'no pretrained weights are called'),
         ('regnet_convgru_20', 'no pretrained weights are called'),
         ('regnet_convlstm_20', 'exists and is none of these folders'),

@@ -206,14 +206,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
 
     def command(name: str, function: Any, help: str, *examples: str, **kwargs: Any) -> argparse.ArgumentParser:
-        lines = [f'  {PROG} {name} {example}'.rstrip() for example in examples]
         sub = commands.add_parser(
-            name,
-            help=help,
-            description=f'{help[0].upper()}{help[1:]}.',
-            epilog='\n'.join(['examples:', *lines]),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **kwargs,
+            name, help=help, description=f'{help[0].upper()}{help[1:]}.', examples=examples, **kwargs
         )
         sub.set_defaults(function=function, parser=sub)
         return sub
@@ -324,13 +318,11 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('name', nargs='+', metavar='NAME', help='NAME[.TAG] or hf-hub:ORG/NAME')
     sub.add_argument('--to', required=True, metavar='DIR', help="'local-dir:DIR/NAME' is then a model for timm")
 
-    command('push', None, 'publish a trained model on the Hugging Face Hub', 'output/RUN --repo-id ORG/NAME --dry-run')
-    command(
-        'verify',
-        None,
-        'fetch released weights and check them against the manifest',
-        'regnet_convlstm_20.cifar10_jpeg75',
-    )
+    for name, help in (  # with parsers of their own
+        ('push', 'publish a trained model on the Hugging Face Hub'),
+        ('verify', 'fetch released weights and check them against the manifest'),
+    ):
+        command(name, None, help)
 
     sub = command(
         'autoload',

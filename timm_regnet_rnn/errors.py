@@ -12,7 +12,7 @@ import re
 import sys
 import traceback
 from contextlib import contextmanager
-from typing import Callable, Iterable, Iterator, NoReturn, Sequence, Tuple, Type
+from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence, Tuple, Type
 
 __all__ = ['EXPECTED', 'Parser', 'UsageError', 'did_you_mean', 'one_line', 'report', 'run_command']
 
@@ -26,7 +26,18 @@ EXPECTED: Tuple[Type[BaseException], ...] = (ValueError, TypeError, RuntimeError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line.
+
+    Args:
+        *args, **kwargs: As in argparse.
+        examples: Arguments of commands to show below the options.
+    """
+
+    def __init__(self, *args: Any, examples: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if examples:
+            self.epilog = '\n'.join(['examples:', *(f'  {self.prog} {example}'.rstrip() for example in examples)])
+            self.formatter_class = argparse.RawDescriptionHelpFormatter
 
     def error(self, message: str) -> NoReturn:
         """Print the error, with the choice that may have been meant, and end the process with status 2."""

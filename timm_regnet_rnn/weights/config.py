@@ -111,7 +111,7 @@ def check_config(config: Any, what: str) -> None:
         if value is not None and key in FORMS and not FORMS[key][0](value):
             refuse(f'pretrained_cfg.{key}', FORMS[key][1], value)
     if not _is_count(config.get('num_classes', 0), 0):
-        refuse('num_classes', *FORMS['num_classes'][1:], config['num_classes'])
+        refuse('num_classes', FORMS['num_classes'][1], config['num_classes'])
     labels = config.get('label_names') or pretrained_cfg.get('label_names') or []
     if not isinstance(labels, (list, dict)) or not all(isinstance(label, str) for label in labels):
         refuse('label_names', 'a list of names', labels)

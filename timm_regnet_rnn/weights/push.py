@@ -322,7 +322,11 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'push.py', manifest: 
         prog: The command's name.
         manifest: What --release writes.
     """
-    parser = Parser(prog=prog, description=(__doc__ or '').splitlines()[0])
+    parser = Parser(
+        prog=prog,
+        description=(__doc__ or '').splitlines()[0],
+        examples=('output/RUN/last.pth.tar --repo-id ORG/NAME --dry-run', '--tag regnet_convlstm_20.cifar10_jpeg75'),
+    )
     add = parser.add_argument
     add('checkpoint', nargs='?', metavar='CHECKPOINT', help="train.py's .pth.tar, or a .safetensors file")
     add('--tag', metavar='NAME.TAG', help='released weights of the manifest instead')

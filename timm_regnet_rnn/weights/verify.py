@@ -80,7 +80,11 @@ def verify(name: str, data_dir: Optional[str] = None) -> str:
 
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'verify.py') -> int:
     """Run the command; returns its exit status, 2 if anything was not as it should be."""
-    parser = Parser(prog=prog, description=(__doc__ or '').splitlines()[0])
+    parser = Parser(
+        prog=prog,
+        description=(__doc__ or '').splitlines()[0],
+        examples=('regnet_convlstm_20.cifar10_jpeg75', '--all'),
+    )
     parser.add_argument('names', nargs='*', metavar='NAME.TAG')
     parser.add_argument('--all', action='store_true', help='everything in the manifest')
     parser.add_argument('--data-dir', metavar='DIR', help='image folder of the data set: measure the accuracy too')
