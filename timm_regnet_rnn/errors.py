@@ -98,18 +98,16 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def _logged(prog: str) -> Iterator[None]:
-    """Print what this package logs; the Hub's client is silent about its own retries, of which ours tell."""
-    ours, client, handler = logging.getLogger('timm_regnet_rnn'), logging.getLogger('huggingface_hub'), _Lines(prog)
-    levels = ours.level, client.level
-    ours.addHandler(handler)
-    ours.setLevel(logging.INFO)
-    client.setLevel(logging.ERROR)
+    """Print what this package logs."""
+    logger, handler = logging.getLogger('timm_regnet_rnn'), _Lines(prog)
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
-        ours.removeHandler(handler)
-        ours.setLevel(levels[0])
-        client.setLevel(levels[1])
+        logger.removeHandler(handler)
+        logger.setLevel(level)
 
 
 def run_command(

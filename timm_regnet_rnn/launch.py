@@ -5,8 +5,12 @@ timm_regnet_rnn`) that waits until a command asks for it by `register`; every ot
 """
 
 import importlib
+import os
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
+
+from .errors import UsageError
 
 __all__ = ['deferred', 'register']
 
@@ -27,8 +31,20 @@ def deferred() -> bool:
 
 
 def register() -> None:
-    """Register the models, if the import of the package has left that out."""
+    """Register the models, if the import of the package has left that out.
+
+    Raises:
+        UsageError: HF_ENDPOINT is no address; the Hub's client would not even be imported.
+    """
     global _asked
+    endpoint = os.environ.get('HF_ENDPOINT', '')
+    try:
+        parts = urlsplit(endpoint)
+        good = not endpoint or (parts.scheme in ('http', 'https') and parts.hostname and parts.port != 0)
+    except ValueError:
+        good = False
+    if not good:
+        raise UsageError(f'HF_ENDPOINT must be an address such as https://huggingface.co; got {endpoint!r}.')
     if deferred() or not hasattr(sys.modules[PACKAGE], 'from_resnet'):
         _asked = True
         importlib.reload(sys.modules[PACKAGE])

@@ -6,18 +6,19 @@ cache: released weights against the manifest, everything else against the sum th
 """
 
 import errno
-import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 
 import timm
-from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -31,7 +32,7 @@ from timm.models import get_pretrained_cfg, is_model_in_modules, is_model_pretra
 
 from ..errors import one_line
 from .config import read_config, write_config
-from .manifest import RELEASED, embedded_file, known_weights
+from .manifest import RELEASED, embedded_file, file_sum, known_weights
 
 __all__ = ['check_source', 'pull', 'pull_config', 'pull_folder', 'retry', 'weights_in']
 
@@ -41,7 +42,52 @@ CONFIG, WEIGHTS, SUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
 WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each retry
 PATIENCE = 20.0  # seconds after which there is no retry; huggingface_hub has some of its own, which take time
 FINAL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+LONGEST_WAIT = 60.0  # seconds that a server may ask for by Retry-After
 TRANSPORTS = ('httpx', 'httpx2', 'httpcore', 'httpcore2', 'requests', 'urllib3')
+
+
+log = logging.getLogger('timm_regnet_rnn')
+
+
+class Overloaded(OSError):
+    """The server asks for more patience than anybody has."""
+
+
+class _Retries(logging.Filter):
+    """Takes what huggingface_hub says of each of its retries, and says it once for all."""
+
+    told = False
+
+    def tell(self, reason: str) -> None:
+        """Log that there are retries, if that is news."""
+        if not self.told:
+            log.warning('the Hub does not answer as it should (%s); trying again, for up to a minute.', reason)
+        self.told = True
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a message goes on.
+
+        Raises:
+            Overloaded: The client would now wait for longer than is bearable; it has no other limit to that.
+        """
+        message = record.getMessage()
+        asked = re.match(r'Rate limited\. Waiting ([\d.]+)s', message)
+        if asked and float(asked[1]) > LONGEST_WAIT:
+            raise Overloaded(f'it is overloaded and asks to come back in {float(asked[1]):.0f} s')
+        if re.match(r"HTTP Error \d+ thrown|'.*' thrown", message, re.DOTALL):
+            self.tell(message.split(' thrown')[0].strip("'"))
+            return False
+        return not message.startswith(('Retrying in', 'Rate limited'))
+
+
+@contextmanager
+def _retries_told_once() -> Iterator[_Retries]:
+    client, retries = logging.getLogger('huggingface_hub.utils._http'), _Retries()
+    client.addFilter(retries)
+    try:
+        yield retries
+    finally:
+        client.removeFilter(retries)
 
 
 def _is_transport(error: Exception) -> bool:
@@ -50,7 +96,7 @@ def _is_transport(error: Exception) -> bool:
 
 def _passes(error: Exception) -> bool:
     """Whether another try could end otherwise: a lost connection or an overloaded server, not a wrong name."""
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or isinstance(error, Overloaded):
         return False
     if isinstance(error, (LocalEntryNotFoundError, json.JSONDecodeError)):  # the Hub was not reached, or a proxy spoke
         return True
@@ -74,30 +120,22 @@ def retry(call: Callable[..., Any], *args, patience: Optional[float] = None, **k
         Exception: What the last try raised; OSError if it was the connection.
     """
     start = time.monotonic()
-    for wait in (*WAITS, None):
-        try:
-            return call(*args, **kwargs)
-        except Exception as e:
-            tired = wait is None or time.monotonic() - start > (PATIENCE if patience is None else patience)
-            if wait is not None and not tired and _passes(e):
-                time.sleep(wait)
-            elif isinstance(e, json.JSONDecodeError):
-                raise ConnectionError('what answered is not the Hub') from None
-            elif _is_transport(e) and not isinstance(e, OSError):
-                raise ConnectionError(f'connection lost: {e}') from None
-            else:
-                raise
-
-
-def _sum(file: Path, kind: str) -> str:
-    """sha256 of a file, or git's name for it, which the Hub states for files that are not in LFS."""
-    digest = hashlib.new(kind)
-    if kind == 'sha1':
-        digest.update(f'blob {file.stat().st_size}\0'.encode())
-    with file.open('rb') as f:
-        for chunk in iter(lambda: f.read(1 << 20), b''):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with _retries_told_once() as retries:
+        for wait in (*WAITS, None):
+            try:
+                return call(*args, **kwargs)
+            except Exception as e:
+                late = time.monotonic() - start > (PATIENCE if patience is None else patience)
+                if wait is not None and not late and _passes(e):
+                    retries.tell(one_line(e))
+                    time.sleep(wait)
+                elif isinstance(e, json.JSONDecodeError):
+                    raise ConnectionError('what answered is not the Hub') from None
+                elif _is_transport(e) and not isinstance(e, OSError):
+                    raise ConnectionError(f'connection lost: {e}') from None
+                else:
+                    raise
+    raise AssertionError('the last try returns or raises')
 
 
 def _stated(file: Path, repo_id: str, filename: str, revision: Optional[str]) -> str:
@@ -111,6 +149,9 @@ def _stated(file: Path, repo_id: str, filename: str, revision: Optional[str]) ->
 def _explain(error: Exception, what: str) -> str:
     """An error of huggingface_hub in one line that says what to do; it never holds a token."""
     status = getattr(getattr(error, 'response', None), 'status_code', None)
+    refused = 'expired' in str(error) or 'Invalid credentials' in str(error) or 'Invalid user token' in str(error)
+    if status == 401 and refused and get_token():
+        return f'{what}: the Hub refuses the token (HF_TOKEN, or that of `hf auth login`): it is expired or wrong.'
     if isinstance(error, (RepositoryNotFoundError, GatedRepoError)) or status in (401, 403):
         return f'{what}: no such repository, or it is private; then HF_TOKEN must hold a token that may read it.'
     if isinstance(error, RevisionNotFoundError):
@@ -138,7 +179,7 @@ def _fetch(
             raise OSError(_explain(e, what)) from None
         if not expected:  # offline, and a cache without links: nothing was stated
             return file, again
-        found = _sum(file, 'sha256' if len(expected) == 64 else 'sha1')
+        found = file_sum(file, git=len(expected) == 40)
         if found == expected:
             return file, again
         if constants.HF_HUB_OFFLINE:
@@ -179,7 +220,7 @@ def pull(
     if name:
         sha256, file = RELEASED[name]['sha256'], embedded_file(name)
         if file:
-            found = _sum(file, 'sha256')
+            found = file_sum(file)
             if found == sha256:
                 return file
             broken = f'{str(file)!r} is broken: expected {sha256}, found {found}; '
@@ -217,7 +258,7 @@ def weights_in(folder: Path) -> Path:
     sums = folder / SUMS
     stated = sums.read_text(encoding='utf-8').split() if sums.is_file() else []
     for expected, name in zip(stated[::2], stated[1::2]):
-        if name == file.name and (found := _sum(file, 'sha256')) != expected:
+        if name == file.name and (found := file_sum(file)) != expected:
             raise OSError(f'{str(file)!r} is broken: expected {expected}, found {found}.')
     return file
 
@@ -275,8 +316,8 @@ def pull_folder(name: str, to: Union[str, Path], cache_dir: Optional[Union[str, 
             write_config(model, new / CONFIG, {}, data_config, cfg.label_names or (), cfg.tag, cfg.description or '')
             weights = pull(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)
         shutil.copyfile(weights, new / WEIGHTS)
-        sums = {file: _sum(new / file, 'sha256') for file in (WEIGHTS, CONFIG)}
-        if sums[WEIGHTS] != _sum(weights, 'sha256'):
+        sums = {file: file_sum(new / file) for file in (WEIGHTS, CONFIG)}
+        if sums[WEIGHTS] != file_sum(weights):
             raise OSError(f'{str(folder / WEIGHTS)!r} was not written as it was read; nothing is kept.')
         (new / SUMS).write_text(''.join(f'{value}  {file}\n' for file, value in sums.items()), encoding='utf-8')
         timm.create_model(f'local-dir:{new}', pretrained=True)

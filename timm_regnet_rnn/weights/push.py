@@ -12,7 +12,6 @@ holds the token.
 
 import argparse
 import filecmp
-import hashlib
 import json
 import os
 import re
@@ -32,7 +31,7 @@ from .. import __version__, results
 from ..errors import EXPECTED, Parser, UsageError, one_line, run_command
 from .card import make_card
 from .folder import Trained, evaluate, rebuild, tensor_digest, write_folder
-from .manifest import MANIFEST, ORGANISATION, RELEASED, hub_id
+from .manifest import MANIFEST, ORGANISATION, RELEASED, file_sum, hub_id
 from .pull import pull, retry
 from .verify import store_logits
 
@@ -78,12 +77,6 @@ def check_accuracy(found: float, expected: Dict[str, Optional[float]]) -> None:
             raise UsageError(f'top-1 is {found:.2f} %, but {who} says {value:.2f} %; nothing is sent.')
 
 
-def git_name(file: Path) -> str:
-    """The name git has for a file's content."""
-    content = file.read_bytes()
-    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest()
-
-
 def holds(api: HfApi, repo_id: str, revision: str, files: List[Path]) -> bool:
     """Whether a revision has these very files already."""
     found = api.get_paths_info(repo_id, [f.name for f in files], revision=revision)
@@ -94,8 +87,8 @@ def holds(api: HfApi, repo_id: str, revision: str, files: List[Path]) -> bool:
         if info is None or info.size != file.stat().st_size:
             return False
         if info.lfs:
-            return info.lfs.sha256 == hashlib.sha256(file.read_bytes()).hexdigest()
-        return info.blob_id == git_name(file)
+            return info.lfs.sha256 == file_sum(file)
+        return info.blob_id == file_sum(file, git=True)
 
     return all(map(same, files))
 
@@ -171,7 +164,7 @@ def record(
     entry = dict(
         repo_id=re.sub(f'^{re.escape(ORGANISATION)}/', '{org}/', repo_id),
         revision=revision,
-        sha256=hashlib.sha256(weights.read_bytes()).hexdigest(),
+        sha256=file_sum(weights),
         tensors=tensor_digest(weights),
         size=weights.stat().st_size,
         license=license,
