@@ -121,6 +121,7 @@ def test_list_on_a_terminal():
     assert all(len(line) <= 60 for line in plain.splitlines()) and 'regnet_convlstm_20' in plain, plain
 
 
+@pytest.mark.slow
 def test_export_says_what_it_does(tmp_path):
     file = str(tmp_path / 'net.pt2')
     status, shown = on_terminal('export', DEFAULT_MODEL, '--format', 'torch-export', '--output', file)

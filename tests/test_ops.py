@@ -460,6 +460,7 @@ def in_process(tmp_path, **env):
     return subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, env=env)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_once_and_kept(tmp_path):
     assert in_process(tmp_path).returncode == 0
@@ -482,6 +483,7 @@ def test_compiled_once_and_kept(tmp_path):
     assert library.stat().st_mtime_ns == kept
 
 
+@pytest.mark.slow
 def test_without_a_compiler(tmp_path):
     done = in_process(tmp_path, CXX='no-such-compiler')
     assert done.returncode == 0, done.stderr
@@ -522,6 +524,7 @@ def test_what_is_not_a_number_stays_so(name):
     assert torch.equal(got.isnan(), want.isnan()) and got.isnan().any()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_without_openmp(tmp_path):
     """As Apple's clang has none: one thread, said once, the same numbers."""
@@ -688,6 +691,7 @@ def test_nothing_in_nothing_out(name, shape):
             h.sum().backward()
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_out_of_memory_is_an_exception():
     """A map that fits no memory: torch's own error, and the process lives."""
@@ -702,6 +706,7 @@ def test_out_of_memory_is_an_exception():
     assert done.returncode == 1 and "can't allocate memory" in done.stderr.splitlines()[-1], done.stderr
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_saved_programs_need_no_package_of_ours(tmp_path):
     """A trace and an exported program load and run in a process that never heard of us; ours in one is opt-in."""

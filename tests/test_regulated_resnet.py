@@ -518,6 +518,7 @@ def test_compile_fullgraph_trains():
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_compile_inductor():
     net = tiny(layers=(1, 2), block='basic')
     x = torch.randn(2, 3, 8, 8)

@@ -253,7 +253,7 @@ TRAINED = sorted(Path(os.environ.get('CIFAR_RESNETS', 'nowhere')).glob('resnet*-
 
 
 @pytest.mark.skipif(not TRAINED, reason='CIFAR_RESNETS names no folder with resnet20-*.th and its like')
-@pytest.mark.parametrize('file', TRAINED, ids=lambda file: file.stem)
+@pytest.mark.parametrize('file', TRAINED, ids=[file.stem for file in TRAINED])
 def test_nets_that_others_trained(file):
     net = SpreadNet(int(re.findall(r'\d+', file.name)[0]))
     weights = torch.load(file, map_location='cpu', weights_only=True)['state_dict']

@@ -1,4 +1,7 @@
-"""Files that have their name only once they are whole; what a killed process left behind is cleared by the next."""
+"""Sums of files, and files that have their name only once they are whole.
+
+What a killed process left behind is cleared by the next.
+"""
 
 import contextlib
 import os
@@ -7,12 +10,14 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, TypeVar
 
+from huggingface_hub.utils.sha import git_hash, sha_fileobj
+
 try:
     import fcntl
 except ImportError:  # Windows: what was left behind stays there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ['place']
+__all__ = ['file_sum', 'place']
 
 Result = TypeVar('Result')
 YOUNG = 60  # seconds in which a file that nobody holds yet may still be about to be locked
@@ -67,3 +72,11 @@ def place(file: Path, data: bytes, check: Callable[[Path], Result]) -> Result:
             written.close()  # Windows renames no open file
         os.replace(scratch, file)
         return result
+
+
+def file_sum(file: Path, git: bool = False) -> str:
+    """The sum by which the Hub knows a file, in hexadecimal: sha256, or git's own for files outside of LFS."""
+    if git:
+        return git_hash(file.read_bytes())
+    with file.open('rb') as f:
+        return sha_fileobj(f).hex()

@@ -158,12 +158,16 @@ def _released_cfg(name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _default_cfgs() -> Dict[str, Dict[str, Any]]:
-    """Every model's configurations, those with weights by tag."""
-    cfgs = {name: _released_cfg(name, entry) for name, entry in RELEASED.items()}
+    """Every model's configurations, those with weights by tag; without a tag a CIFAR model has ten classes, always."""
+    released = sorted(RELEASED, key=lambda name: RELEASED[name]['num_classes'] != 10)
+    cfgs = {name: _released_cfg(name, RELEASED[name]) for name in released}
     for se in ('', 'se'):
         for prefix in (f'cifar_{se}resnet', *(f'{se}regnet_{cell}' for cell in CELLS)):
             names = (f'{prefix}_{depth}' for depth in CIFAR_DEPTHS)
-            cfgs.update({name: _cifar_cfg() for name in names if not any(k.startswith(f'{name}.') for k in cfgs)})
+            for name in names:
+                tagged = [cfg for key, cfg in cfgs.items() if key.startswith(f'{name}.')]
+                if not tagged or tagged[0]['num_classes'] != 10:
+                    cfgs[f'{name}.*' if tagged else name] = _cifar_cfg()  # '*' makes it the default one
         for prefix in (f'{se}regnet_{cell}' for cell in CELLS):
             for depth in IMAGENET_DEPTHS:
                 source = f'{se}resnet{depth}.a1_in1k'

@@ -186,7 +186,8 @@ def write_config(
         description: What the weights are.
     """
     file = Path(file)
-    save_config_for_hf(model, str(file), model_args=dict(args))
+    path: Any = Path(file)  # timm's annotation says str
+    save_config_for_hf(model, path, model_args=dict(args))
     config = json.loads(file.read_text(encoding='utf-8'))
     cfg = config['pretrained_cfg']
     for key in (*ELSEWHERE, 'label_names', 'label_descriptions', 'notes', 'origin_url', 'test_input_size'):

@@ -5,9 +5,7 @@ import os
 from pathlib import Path
 from typing import Any, Dict, Optional
 
-from huggingface_hub.utils.sha import git_hash, sha_fileobj
-
-__all__ = ['RELEASED', 'embedded_file', 'file_sum', 'hub_id', 'known_weights']
+__all__ = ['RELEASED', 'embedded_file', 'hub_id', 'known_weights']
 
 HERE = Path(__file__).parent
 MANIFEST = HERE / 'manifest.json'
@@ -35,11 +33,3 @@ def embedded_file(name: str) -> Optional[Path]:
     """The file of a released weight inside this package, None if there is none."""
     file = HERE / f'{name}.safetensors'
     return file if file.is_file() else None
-
-
-def file_sum(file: Path, git: bool = False) -> str:
-    """The sum by which the Hub knows a file, in hexadecimal: sha256, or git's own for files outside of LFS."""
-    if git:
-        return git_hash(file.read_bytes())
-    with file.open('rb') as f:
-        return sha_fileobj(f).hex()

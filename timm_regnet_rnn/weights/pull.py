@@ -31,8 +31,9 @@ from timm.data import resolve_data_config
 from timm.models import get_pretrained_cfg, is_model_in_modules, is_model_pretrained
 
 from ..errors import one_line
+from ..files import file_sum
 from .config import read_config, write_config
-from .manifest import RELEASED, embedded_file, file_sum, known_weights
+from .manifest import RELEASED, embedded_file, known_weights
 
 __all__ = ['check_source', 'pull', 'pull_config', 'pull_folder', 'retry', 'weights_in']
 

@@ -29,9 +29,10 @@ from timm.data import resolve_data_config
 
 from .. import __version__, results
 from ..errors import EXPECTED, Parser, UsageError, one_line, run_command
+from ..files import file_sum
 from .card import make_card
 from .folder import Trained, evaluate, rebuild, tensor_digest, write_folder
-from .manifest import MANIFEST, ORGANISATION, RELEASED, file_sum, hub_id
+from .manifest import MANIFEST, ORGANISATION, RELEASED, hub_id
 from .pull import pull, retry
 from .verify import store_logits
 
