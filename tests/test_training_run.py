@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import os
 import pickle
@@ -86,10 +87,35 @@ def test_a_run_ends_with_its_row(capsys, argv, tmp_path, data):
     assert [line['epoch'] for line in curve] == ['1', '2', '3'] and curve[-1]['top1'] == '52.0'
     assert f'{row["run"]}: top-1 52.00 %' in out.splitlines()[-1]
 
+    assert json.loads((tmp_path / 'run' / 'classes.json').read_text()) == [*CLASSES]
+    predicted = json.loads(call(capsys, 'predict', data / 'test', '--model', tmp_path / 'run', '--json')[1])
+    assert len(predicted) == 4 and {name for image in predicted for name, _ in image['top']} == {*CLASSES}
+
     log = (tmp_path / 'run' / 'train.log').read_text()
     status, _, err = call(capsys, *argv)
     assert status == 0, err
     assert len(rows(tmp_path / 'results.csv')) == 1 and (tmp_path / 'run' / 'train.log').read_text() == log
+
+
+def test_a_terminal_shows_one_bar(monkeypatch, capsys):
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, 'isatty', lambda: True, raising=False)
+    lines = (
+        'Scheduled epochs: 3\n',
+        'Train: 1 [ 100/400 ( 25%)]  Loss: 4.63 (4.63)  Time: 1.181s,  108.42/s  (1.181s,  108.42/s)\n',
+        'Test: [  78/78]  Time: 0.115 (0.230)  Loss:  3.42 ( 3.47)  Acc@1:  20.0 ( 21.46)  Acc@5: 50.0 ( 51.0)\n',
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, 'stderr', screen)
+        with training.terminal(1, 3) as show:
+            for line in lines:
+                show(line)
+    assert capsys.readouterr().out == lines[0]
+    text = screen.getvalue()
+    assert 'epoch 1.2 of 3' in text and 'loss 4.63' in text and 'top-1 21.46 %' in text and ' left]' in text
+    with training.terminal(0, 3) as show:  # into a file every line goes
+        show(lines[1])
+    assert capsys.readouterr().out == lines[1]
 
 
 def test_a_killed_run_goes_on_from_its_last_epoch(capsys, argv, tmp_path, monkeypatch):
@@ -253,6 +279,7 @@ BAD = {
     ),
     'no torchvision data': (lambda t: ['--dataset', 'torch/cifar10'], '--dataset-download fetches it'),
     'unknown model': (lambda t: ['--model', 'regnet_20'], "unknown model 'regnet_20'"),
+    'no value': (lambda t: ['--model-kwargs', 'a'], 'must be NAME=VALUE'),
     'unknown argument': (lambda t: ['--model-kwargs', 'regulater=1'], "unknown argument 'regulater'"),
     'unknown flag': (lambda t: ['--epoch', '3'], 'unrecognized arguments: --epoch 3'),
     'no number': (lambda t: ['--lr', 'high'], "invalid float value: 'high'"),
@@ -265,7 +292,7 @@ BAD = {
     ),
     'batch beyond the data': (lambda t: ['--batch-size', '9000'], 'a batch of 9000 out of 8 training images'),
     'batch that cannot be shared': (lambda t: ['--nproc', '3'], 'the batch of 4 is that of all processes together'),
-    'no such device': (lambda t: ['--device', 'cuda'], "there is no device 'cuda' here; there is cpu"),
+    'no such device': (lambda t: ['--device', 'cuda'], "there is no device 'cuda' here, only cpu"),
     'negative rate': (lambda t: ['--lr', '-1'], '--lr must be above 0, got -1.0'),
     'no area': (lambda t: ['--scale', '0', '0'], '--scale must be two shares of the area'),
     'a net for large images': (

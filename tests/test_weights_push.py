@@ -20,6 +20,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_weights_pull import environment
 
+from timm_regnet_rnn.results import COLUMNS
+from timm_regnet_rnn.weights.manifest import RELEASED
+
 pytestmark = pytest.mark.slow
 
 HUB = Path(__file__).parent.parent / 'hub'
@@ -63,10 +66,11 @@ class Client:
         return status, out, err
 
     def fails(self, *args, **kwargs):
-        """The one line that a push ends with."""
+        """The one line that a push ends with, behind at most one that says it tries again."""
         status, _, err = self.push(*args, **kwargs)
-        assert status == 2 and err.count('\n') == 1 and 'Traceback' not in err, err
-        return err
+        *notes, error = err.splitlines()
+        assert status == 2 and len(notes) < 2 and all('trying again' in note for note in notes), err
+        return error
 
     def close(self):
         self.process.kill()
@@ -314,7 +318,7 @@ def test_a_release_is_entered_into_the_manifest(hub, tmp_path, images):
     assert entry['revision'] == head.id and entry['sha256'] == head.files['model.safetensors'].sha256
     assert entry['repo_id'] == '{org}/' + name and entry['metrics']['top1'] == 25.0 and entry['num_classes'] == 4
     done = run('verify.py', '--all')
-    assert done.returncode == 0 and done.stdout.count('sha256') == 2, done.stderr
+    assert done.returncode == 0 and done.stdout.count('sha256') == len(RELEASED) + 1, done.stderr
     hub.repos[f'timm-regnet-rnn/{name}'].objects[entry['sha256']] = bytes(entry['size'])
     shutil.rmtree(tmp_path / 'cache')
     done = run('verify.py', name)
@@ -472,11 +476,63 @@ def test_bad_input_is_one_line(hub, client, tmp_path):
         ([good, *to, '--release', 'other.tag'], '--release takes regnet_convgru_20.TAG'),
         ([good, *to, '--release', 'regnet_convgru_20.t'], '--release needs --data-dir'),
         ([good, *to, '--nosuch'], 'unrecognized arguments'),
+        ([good, *to, '--data-dir', tmp_path / 'nowhere'], 'nowhere'),
+        ([good, *to, '--model-kwargs', 'a'], '--model-kwargs'),
+        ([tmp_path, *to], 'no checkpoint in folder'),
     ):
         assert words in client.fails(*args), (args, words)
     assert not hub.requests
     status, _, err = client.push(nameless, *to, '--model', 'regnet_convgru_20')
     assert status == 0, err
+
+
+ODD = {
+    'model is a number': dict(model=3),
+    'model is a list': dict(model=['regnet_convgru_20']),
+    'unknown model': dict(model='regnet_convgru_21'),
+    'unknown pooling': dict(gp='foo'),
+    'unknown argument': dict(model_kwargs=dict(nosuch=1)),
+    'arguments are a list': dict(model_kwargs=[1]),
+    'data set is a number': dict(dataset=3),
+    'folder is a list': dict(data_dir=['a']),
+    'odd size': dict(input_size=[3, 24]),
+    'size of words': dict(input_size='big'),
+    'mean of one channel too few': dict(mean=[0.5, 0.5]),
+    'scalar convolution': dict(conv1=torch.ones(())),
+    'convolution of another shape': dict(conv1=torch.ones(3, 3)),
+    'a word for a convolution': dict(conv1='weights'),
+}
+
+
+@pytest.mark.parametrize('odd', ODD)
+def test_odd_checkpoints_are_refused_in_a_line(hub, client, tmp_path, odd):
+    file, net = checkpoint(tmp_path / 'run')
+    state = torch.load(file, weights_only=False)
+    change = dict(ODD[odd])
+    if 'conv1' in change:
+        state['state_dict']['conv1.weight'] = change.pop('conv1')
+    vars(state['args']).update(change)
+    torch.save(state, file)
+    assert len(client.fails(file, '--repo-id', 'org/net', '--dry-run')) < 600 and not hub.requests
+
+
+def test_a_run_is_pushed_by_its_folder(hub, client, tmp_path):
+    """With the classes' names that training kept, and the figures of its own result.json; no table is at hand."""
+    file, net = checkpoint(tmp_path / 'run', num_classes=2, dataset=None, ema=True)
+    (tmp_path / 'run' / 'classes.json').write_text('["cat", "dog"]')
+    row = dict(zip(COLUMNS, [''] * 99), run='run-r2', model='regnet_convgru_20', recipe='cifar_short')
+    row |= dict(dataset='mine', seed=42, epochs=20, params=1, macs=1, top1=71.5, top5=100.0, weights='ema')
+    row |= dict(best_epoch=20, best_top1=71.5, processes=1)
+    (tmp_path / 'run' / 'result.json').write_text(json.dumps(row))
+    status, _, err = client.push(file.parent, '--repo-id', 'org/mine', '--folder', tmp_path / 'kept')
+    assert status == 0, err
+    config = json.loads((tmp_path / 'kept' / 'config.json').read_text())
+    assert config['label_names'] == ['cat', 'dog']
+    assert '71.50' in (tmp_path / 'kept' / 'README.md').read_text()
+    sent = load_file(tmp_path / 'kept' / 'model.safetensors')
+    assert torch.equal(sent['fc.bias'], net.state_dict()['fc.bias'] + 1)  # averaged, as training measures
+    error = client.fails(file.parent, '--repo-id', 'org/live', '--no-ema')
+    assert "its run 'run-r2' was measured with" in error
 
 
 def test_disk_full_leaves_nothing(hub, tmp_path):

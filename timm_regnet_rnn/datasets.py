@@ -49,12 +49,15 @@ def labels_of(name: str) -> Tuple[str, ...]:
 
 def dataset_name(settings: Dict[str, Any]) -> Tuple[str, str]:
     """Key and name of the data set: what prepare_data.py noted, torchvision's, or else the folder's name."""
-    key = settings['dataset'].split('/')[-1]
-    prepared = Path(settings['data_dir']) / 'prepared.json'
+    dataset, folder = settings.get('dataset') or '', settings.get('data_dir')
+    if not isinstance(dataset, str) or not isinstance(folder, (str, Path)):
+        raise ValueError(f'dataset and data_dir must be texts; got {dataset!r} and {folder!r}.')
+    key = dataset.split('/')[-1]
+    prepared = Path(folder) / 'prepared.json'
     if not key and prepared.is_file():
         try:
             key = str(json.loads(prepared.read_text(encoding='utf-8'))['dataset'])
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{str(prepared)!r} is damaged: it does not say which data set this is.') from None
-    key = key or Path(settings['data_dir']).resolve().name
+    key = key or Path(folder).resolve().name
     return key, DATASETS[key].name if key in DATASETS else key

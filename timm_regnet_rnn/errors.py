@@ -5,6 +5,7 @@ through `logging` under the name `timm_regnet_rnn`.
 """
 
 import argparse
+import ast
 import difflib
 import logging
 import os
@@ -12,9 +13,9 @@ import re
 import sys
 import traceback
 from contextlib import contextmanager
-from typing import Any, Callable, Iterable, Iterator, NoReturn, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterable, Iterator, NoReturn, Sequence, Tuple, Type
 
-__all__ = ['EXPECTED', 'Parser', 'UsageError', 'did_you_mean', 'one_line', 'report', 'run_command']
+__all__ = ['EXPECTED', 'KeyValues', 'Parser', 'UsageError', 'did_you_mean', 'one_line', 'report', 'run_command']
 
 
 class UsageError(ValueError):
@@ -52,6 +53,23 @@ class Parser(argparse.ArgumentParser):
         flag = next((word.split('=')[0] for word in words if word.startswith('-')), '')
         hint = did_you_mean(flag, self._option_string_actions)
         self.error(f'unrecognized arguments: {" ".join(words)}.{hint}')
+
+
+class KeyValues(argparse.Action):
+    """NAME=VALUE words as a dict, values as Python reads them where it does: timm's ParseKwargs, but for its errors."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        """Keep the dict."""
+        found: Dict[str, Any] = {}
+        for word in values:
+            name, *rest = word.split('=')
+            if not name or len(rest) != 1:
+                raise argparse.ArgumentError(self, f'must be NAME=VALUE ..., got {word!r}')
+            try:
+                found[name] = ast.literal_eval(rest[0])
+            except (SyntaxError, ValueError):
+                found[name] = rest[0]
+        setattr(namespace, self.dest, found)
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:

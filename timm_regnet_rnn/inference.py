@@ -8,7 +8,7 @@ import json
 import re
 from argparse import Namespace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -22,7 +22,7 @@ from .images import read_image
 
 Model = Any  # a timm model; what timm sets on its models has no types
 
-__all__ = ['check_device', 'class_names', 'create', 'predictions', 'preprocessing']
+__all__ = ['check_device', 'class_names', 'create', 'from_file', 'predictions', 'preprocessing']
 
 CLASSES = 'classes.json'  # in a run's folder: the names of the classes, in the order of the classifier's outputs
 INPUT = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
@@ -115,10 +115,40 @@ def _metadata(info: Dict[str, Any]) -> Dict[str, Any]:
     return {k: v if k in ('interpolation', 'crop_mode') else json.loads(v) for k, v in values.items()}
 
 
-def _from_file(file: Path, name: Optional[str], ema: Optional[bool]) -> Model:
-    """The model of a checkpoint or safetensors file; `name` where the file does not say, or must say so."""
-    from .weights.folder import read_tensors
+class FromFile(NamedTuple):
+    """What a checkpoint or safetensors file holds.
 
+    Attributes:
+        model: In eval mode; its `model_args` are the arguments that built it.
+        tensors: The weights as they stand in the file.
+        settings: train.py's options; empty if the file does not have them.
+        info: What else stands beside the weights.
+    """
+
+    model: Model
+    tensors: Dict[str, torch.Tensor]
+    settings: Dict[str, Any]
+    info: Dict[str, Any]
+
+
+def from_file(
+    file: Path, name: Optional[str] = None, ema: Optional[bool] = None, model_kwargs: Optional[Dict[str, Any]] = None
+) -> FromFile:
+    """The model of a run's folder, a checkpoint or a safetensors file.
+
+    Args:
+        file: The file, or the folder, whose newest checkpoint is taken.
+        name: The model, where the file does not say, or must say so.
+        ema: As in `create`.
+        model_kwargs: The model's arguments, where the file does not say.
+
+    Raises:
+        UsageError: The file does not say which model it is of, says another one, or what it says cannot be read.
+        OSError, ValueError, RuntimeError: It is missing or broken, or the weights are not of that model.
+    """
+    from .weights.load import read_tensors
+
+    file = _checkpoint_of(file) if file.is_dir() else file
     tensors, info = read_tensors(file, ema)
     settings = vars(info['args']) if isinstance(info.get('args'), Namespace) else {}
     run = settings if isinstance(settings.get('model'), str) else {}
@@ -128,12 +158,13 @@ def _from_file(file: Path, name: Optional[str], ema: Optional[bool]) -> Model:
     model_name = (name or stated or '').split('.')[0]
     if not model_name:
         raise UsageError(
-            f'{str(file)!r} does not say which model it is of; give the model, and the file by --checkpoint.'
+            f'{str(file)!r} does not say which model it is of; give the model, and the file by --checkpoint '
+            '(push: --model names it).'
         )
     check_name(model_name)
     try:
         cfg: Any = get_pretrained_cfg(model_name)
-        kwargs = dict(run.get('model_kwargs') or json.loads(info.get('model_args', '{}')))
+        kwargs = dict(model_kwargs or run.get('model_kwargs') or json.loads(info.get('model_args', '{}')))
         if run.get('gp'):
             kwargs['global_pool'] = run['gp']
         sizes = dict(num_classes=_rows(tensors, cfg.classifier, 0), in_chans=_rows(tensors, cfg.first_conv, 1))
@@ -157,18 +188,19 @@ def _from_file(file: Path, name: Optional[str], ema: Optional[bool]) -> Model:
     model.model_args = kwargs  # for whoever writes them beside the weights
     model.pretrained_cfg.pop('state_dict', None)
     model.pretrained_cfg.update(tag=None, input_size=cfg.input_size)
+    try:
+        data = resolve_data_config(run or said, model=model)
+    except (AssertionError, AttributeError, TypeError, ValueError):
+        raise UsageError(f'what {str(file)!r} says of its input cannot be read.') from None
+    data['input_size'] = (channels, *data['input_size'][1:])
+    data.update({key: tuple(adapt_to_chs(data[key], channels)) for key in ('mean', 'std')})
+    model.pretrained_cfg.update({key: data[key] for key in INPUT})
     if run or said:
-        try:
-            data = resolve_data_config(run or said, model=model)
-        except (AssertionError, AttributeError, TypeError, ValueError):
-            raise UsageError(f'what {str(file)!r} says of its input cannot be read.') from None
-        data['input_size'] = (channels, *data['input_size'][1:])
-        data.update({key: tuple(adapt_to_chs(data[key], channels)) for key in ('mean', 'std')})
         for key in ('test_input_size', 'test_crop_pct', 'description'):
             model.pretrained_cfg.pop(key, None)
         labels = _labels(file.parent, run, model.num_classes) if run else said.get('label_names')
-        model.pretrained_cfg.update({key: data[key] for key in INPUT}, label_names=labels)
-    return model
+        model.pretrained_cfg.update(label_names=labels)
+    return FromFile(model.eval(), tensors, run, info)
 
 
 def _rows(tensors: Dict[str, torch.Tensor], module: Any, axis: int) -> Optional[int]:
@@ -220,11 +252,10 @@ def create(name: str, checkpoint: Optional[Union[str, Path]] = None, ema: Option
     if not is_model(name) and path.exists():
         if checkpoint is not None:
             raise UsageError(f'{name!r} has weights of its own; --checkpoint goes with the name of a model.')
-        return _from_file(_checkpoint_of(path) if path.is_dir() else path, None, ema).eval()
+        return from_file(path, None, ema).model
     check_name(name)
     if checkpoint is not None:
-        file = Path(checkpoint)
-        return _from_file(_checkpoint_of(file) if file.is_dir() else file, name, ema).eval()
+        return from_file(Path(checkpoint), name, ema).model
     if not is_model_pretrained(name):
         raise UsageError(
             f'{name!r} has no pretrained weights; `timm-regnet-rnn list` prints the tags that have, '

@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Dict, Iterator, List, Mapping, Optional, Sequence, Tuple
 
+from huggingface_hub.utils import tqdm
 from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.utils import download_url
@@ -75,11 +76,16 @@ SOURCES = {
 def download(reader: type, folder: Path) -> Path:
     """Let torchvision fetch what is not in `folder` yet; returns what `--from` would name."""
     if issubclass(reader, FashionMNIST):
-        for name, md5 in reader.resources:
-            download_url(reader.mirrors[0] + name, folder, name, md5)
-        return folder
-    download_url(reader.url, folder, reader.filename, reader.tgz_md5)
-    return folder / reader.filename
+        files = [(reader.mirrors[0] + name, name, md5) for name, md5 in reader.resources]
+    else:
+        files = [(reader.url, reader.filename, reader.tgz_md5)]
+    for url, name, md5 in files:
+        try:
+            download_url(url, folder, name, md5)
+        except (OSError, RuntimeError) as e:
+            what = f'the folder of the {len(files)} files' if len(files) > 1 else 'the file'
+            raise UsageError(f'cannot fetch {url} ({e}); fetch it elsewhere, and give {what} by --from.') from None
+    return folder if len(files) > 1 else folder / files[0][1]
 
 
 def read_source(sums: Mapping[str, str], source: Path) -> Dict[str, bytes]:
@@ -317,7 +323,7 @@ def prepare(
         found = tiny_images(layout, spec, pad, size, spec.sums) if tiny else images(spec, contents, partial, pad)
         for split, files in itertools.groupby(found, lambda item: item[0].parts[0]):
             print(f'writing {split}', flush=True)
-            for path, data in files:
+            for path, data in tqdm(files, unit='image', disable=not sys.stderr.isatty()):
                 write(partial / path, data)
         if held_out:
             hold_out(partial, held_out, spec.classes)

@@ -2,11 +2,23 @@
 
 import math
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, NamedTuple, Optional, Tuple
 
 from ..errors import one_line
 
-__all__ = ['check_data']
+__all__ = ['Data', 'check_data']
+
+
+class Data(NamedTuple):
+    """What training will read.
+
+    Attributes:
+        images: Their number, 0 where it is not known before they are fetched.
+        names: The names of the classes in the order of the classifier's outputs; empty where they are not known.
+    """
+
+    images: int = 0
+    names: Tuple[str, ...] = ()
 
 
 def split_folder(settings: Dict[str, Any], split: str) -> Path:
@@ -29,7 +41,8 @@ def read_classes(folder: Path) -> Tuple[Dict[str, int], Dict[str, Path]]:
     """The classes of a split as timm's own reader finds them: an image is of the folder that it lies in.
 
     Returns:
-        Images and the first image of every class; folders without images are no classes.
+        Images and the first image of every class, in the order of the classifier's outputs; folders without images are
+        no classes.
 
     Raises:
         ValueError: There is no image; or one lies in a folder of a class folder, whose name timm would take for its
@@ -54,18 +67,15 @@ def read_classes(folder: Path) -> Tuple[Dict[str, int], Dict[str, Path]]:
             )
         counts[parts[0]] = counts.get(parts[0], 0) + 1
         first.setdefault(parts[0], Path(file))
-    return counts, first
+    return {name: counts[name] for name in index}, first
 
 
-def check_data(settings: Dict[str, Any], classes_of_model: Optional[int] = None) -> int:
+def check_data(settings: Dict[str, Any], classes_of_model: Optional[int] = None) -> Data:
     """Refuse data that train.py would misread, or that do not fit the recipe.
 
     Args:
         settings: train.py's options.
         classes_of_model: What the model has where the settings say nothing of it.
-
-    Returns:
-        The number of training images, 0 where it is not known before they are fetched.
 
     Raises:
         ValueError: In one line.
@@ -76,12 +86,12 @@ def check_data(settings: Dict[str, Any], classes_of_model: Optional[int] = None)
         raise ValueError(f'no data folder {str(root)!r}.')
     if '/' in name:
         if not name.startswith('torch/') or settings['dataset_download']:
-            return 0
+            return Data()
         from timm.data import create_dataset
 
         try:
             data = create_dataset(name, root=str(root), split=splits[0], is_training=True)
-            image, classes, count = data[0][0], len(data.classes), len(data)
+            image, names, count = data[0][0], tuple(data.classes), len(data)
         except AssertionError:
             raise ValueError(f'timm knows no data set {name!r}.') from None
         except (RuntimeError, FileNotFoundError) as e:
@@ -94,10 +104,10 @@ def check_data(settings: Dict[str, Any], classes_of_model: Optional[int] = None)
         if folders[0].keys() != folders[1].keys():
             odd = sorted(folders[0].keys() ^ folders[1].keys())[0]
             raise ValueError(f'{splits[0]!r} and {splits[1]!r} hold different classes, {odd!r} for one.')
-        classes, count = len(folders[0]), sum(folders[0].values())
+        names, count = tuple(folders[0]), sum(folders[0].values())
         with Image.open(next(iter(found[0][1].values()))) as image:
             image.load()
-    wanted = settings['num_classes'] or classes_of_model
+    wanted, classes = settings['num_classes'] or classes_of_model, len(names)
     if wanted not in (None, classes):
         who = 'recipe' if settings['num_classes'] else 'model'
         raise ValueError(
@@ -112,4 +122,4 @@ def check_data(settings: Dict[str, Any], classes_of_model: Optional[int] = None)
                 f'the recipe crops {size[-1]}x{size[-1]} out of training images of {side:.0f}x{side:.0f}; these are '
                 f'{image.size[0]}x{image.size[1]}. `prepare_data.py --pad {(side - size[-1]) / 2:.0f}` makes them.'
             )
-    return count
+    return Data(count, names)

@@ -7,15 +7,27 @@ from pathlib import Path
 from typing import Any, Dict, Tuple
 
 from ..errors import one_line
+from ..inference import check_name
 
 __all__ = [
-    *('OURS', 'average_warning', 'check_batch', 'check_continuation', 'check_device', 'check_model'),
+    *('OURS', 'average_warning', 'check_batch', 'check_continuation', 'check_known', 'check_model'),
     *('check_numbers', 'check_results', 'check_room', 'total_epochs'),
 ]
 
 OURS = ('config', 'output', 'experiment', 'resume')
 # May differ between a run and its continuation: they say where and how it computes, not what.
 FREE = (*OURS, 'data', 'data_dir', 'device', 'device_modules', 'workers', 'pin_mem', 'local_rank', 'log_interval')
+
+
+def check_known(model: str, data_dir: str, download: bool) -> None:
+    """Refuse a model or a data folder that is not there, before train.py is fetched to ask what it takes.
+
+    Raises:
+        ValueError: In one line.
+    """
+    check_name(model)
+    if not download and not Path(data_dir).is_dir():
+        raise ValueError(f'no data folder {data_dir!r}.')
 
 
 def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
@@ -30,8 +42,6 @@ def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
     import timm
 
     name, kwargs = settings['model'], dict(settings['model_kwargs'])
-    if not timm.is_model(name):
-        raise ValueError(f'unknown model {name!r}; `timm-regnet-rnn list` prints ours, timm.list_models() all.')
     if settings['num_classes'] is not None:
         kwargs['num_classes'] = settings['num_classes']
     if settings['gp'] is not None:
@@ -87,21 +97,6 @@ def check_batch(batch: int, images: int) -> None:
         raise ValueError(
             f'a batch of {batch} out of {images} training images: give --batch-size {max(2, images // 8)} or so.'
         )
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        ValueError: Names those that are.
-    """
-    import torch
-
-    kind = device.split(':')[0]
-    there = ['cpu', *(['cuda'] if torch.cuda.is_available() else [])]
-    there += ['mps'] if torch.backends.mps.is_available() else []
-    if kind not in there:
-        raise ValueError(f'there is no device {device!r} here; there is {", ".join(there)}.')
 
 
 def average_warning(settings: Dict[str, Any], images: int) -> str:

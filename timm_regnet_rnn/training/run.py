@@ -5,14 +5,18 @@ There is no training loop here. What can be known to be wrong before the first e
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 from filelock import FileLock, Timeout
+from huggingface_hub.utils import tqdm
 
+from ..inference import CLASSES, check_device
 from ..results import IN_WHEEL
 from ..weights.load import check_file
 from .data import check_data
@@ -21,7 +25,7 @@ from .preflight import (
     average_warning,
     check_batch,
     check_continuation,
-    check_device,
+    check_known,
     check_model,
     check_numbers,
     check_results,
@@ -29,13 +33,44 @@ from .preflight import (
     total_epochs,
 )
 from .recipe import check_recipe, find_recipe, load_recipe, train_options
-from .record import append_row, code_commit, live_accuracy, make_row, newest_checkpoint, read_result, run_name
+from .record import LIVE, append_row, code_commit, live_accuracy, make_row, newest_checkpoint, read_result, run_name
 from .train_py import find_train_py, machine_flags, parse_flags
 
 __all__ = ['train']
 
+BATCH = re.compile(r'^Train: (\d+) \[ *(\d+)/(\d+) .*Loss: +([\d.]+)')
 
-def run_logged(command: Sequence[str], log: Path, lock: FileLock) -> int:
+
+@contextmanager
+def terminal(done: int, total: int) -> Iterator[Callable[[str], None]]:
+    """A function that shows a line of train.py: on a terminal the batches are one bar with the time left.
+
+    Args:
+        done: Epochs that an earlier start has behind it.
+        total: Epochs in all.
+    """
+    if not sys.stderr.isatty():
+        yield lambda line: print(line, end='', flush=True)
+        return
+    form = '{percentage:3.0f}% {bar} epoch {n:.1f} of {total} [{elapsed}, {remaining} left]{postfix}'
+    with tqdm(total=total, initial=done, bar_format=form, dynamic_ncols=True) as bar:
+
+        def show(line: str) -> None:
+            batch = BATCH.match(line)
+            if batch:
+                bar.n = int(batch[1]) + int(batch[2]) / int(batch[3])
+                bar.set_postfix_str(f'loss {batch[4]}')
+            elif line.startswith('Test:'):
+                top1 = LIVE.match(line)
+                bar.set_postfix_str(f'test: top-1 {float(top1[1]):.2f} %' if top1 else 'test')
+            else:
+                bar.write(line, file=sys.stdout, end='')
+
+        yield show
+        bar.n = total
+
+
+def run_logged(command: Sequence[str], log: Path, lock: FileLock, done: int, total: int) -> int:
     """Run a command with its output on the terminal and at the end of a log; its exit status.
 
     Where there are descriptors to inherit, the command gets the one that locks the run's folder, so the folder stays
@@ -56,11 +91,11 @@ def run_logged(command: Sequence[str], log: Path, lock: FileLock) -> int:
         )
         assert child.stdout is not None
         try:
-            for line in child.stdout:
-                file.write(line)
-                file.flush()
-                sys.stdout.write(line)
-                sys.stdout.flush()
+            with terminal(done, total) as show:
+                for line in child.stdout:
+                    file.write(line)
+                    file.flush()
+                    show(line)
         except BaseException:
             child.terminate()
             raise
@@ -104,6 +139,7 @@ def train(
 
     recipe = find_recipe(recipe)
     config = load_recipe(recipe)
+    check_known(model, data_dir, bool(config.get('dataset_download')) or '--dataset-download' in flags)
     train_py = find_train_py(timm_dir)
     options = train_options(train_py)
     problems = check_recipe(config, options)
@@ -129,9 +165,9 @@ def train(
     parameters, classes = check_model(settings)
     total = total_epochs(settings)
     check_numbers(settings, nproc)
-    images = check_data(settings, classes)
-    check_batch(settings['batch_size'], images)
-    warning = average_warning(settings, images)
+    data = check_data(settings, classes)
+    check_batch(settings['batch_size'], data.images)
+    warning = average_warning(settings, data.images)
     if warning:
         print(f'timm-regnet-rnn: warning: {warning}', file=sys.stderr, flush=True)
     name = run_name(settings, Path(recipe), list(given))
@@ -173,9 +209,11 @@ def train(
                 check_continuation(folder, settings)
                 print(f'{folder}: {done} of {total} epochs done', flush=True)
                 command += ['--resume', str(checkpoint)]
+            if data.names:
+                (folder / CLASSES).write_text(json.dumps(data.names, ensure_ascii=False) + '\n', encoding='utf-8')
             if done < total:
                 try:
-                    status = run_logged(command, folder / 'train.log', lock)
+                    status = run_logged(command, folder / 'train.log', lock, done, total)
                 except KeyboardInterrupt:
                     _, done = newest_checkpoint(folder)
                     print(

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, NoReturn, Optional, Sequence
 
+from ..errors import KeyValues
 from ..ops.fused_cpu import cache_dir
 
 __all__ = ['find_train_py', 'machine_flags', 'parse_flags']
@@ -78,8 +79,6 @@ def parse_flags(options: Dict[str, Dict[str, Any]], flags: Sequence[str]) -> Dic
     Raises:
         ValueError: train.py would refuse them.
     """
-    from timm.utils import ParseKwargs
-
     kinds = dict(int=int, float=float)
     parser = _Flags(add_help=False, argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for name, option in options.items():
@@ -87,7 +86,7 @@ def parse_flags(options: Dict[str, Dict[str, Any]], flags: Sequence[str]) -> Dic
             continue
         rest: Dict[str, Any] = {k: option[k] for k in ('nargs', 'choices') if k in option}
         if option['type'] == 'kwargs':
-            rest['action'] = ParseKwargs
+            rest['action'] = KeyValues
         elif option['type'] == 'bool':
             rest['action'] = 'store_true'
         else:

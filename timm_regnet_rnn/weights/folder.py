@@ -4,27 +4,25 @@ import hashlib
 import json
 import os
 import shutil
-from argparse import Namespace
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional
 
 import safetensors
 import timm
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.data.loader import adapt_to_chs
-from timm.models import clean_state_dict, is_model_in_modules
+from timm.models import is_model_in_modules
 from timm.utils import AverageMeter, accuracy
 
 import timm_regnet_rnn
 
-from ..datasets import dataset_name, labels_of
+from ..datasets import dataset_name
 from ..errors import UsageError
+from ..inference import from_file
+from ..training.data import read_classes, split_folder
 from .config import write_config
-from .load import check_file, load_checkpoint
 
 
 @dataclass
@@ -37,6 +35,7 @@ class Trained:
         args: Arguments that rebuild it, besides classes and channels.
         settings: train.py's options; empty if the checkpoint does not have them.
         epochs: Epochs behind the weights, None if unknown.
+        averaged: Whether they are the averaged ones of their run.
         data_config: Input size, mean, std, crop and interpolation.
         labels: A name per class, or empty.
         file: The safetensors file to publish as it is, None to write one.
@@ -47,6 +46,7 @@ class Trained:
     args: Dict[str, Any]
     settings: Dict[str, Any] = field(default_factory=dict)
     epochs: Optional[int] = None
+    averaged: bool = False
     data_config: Dict[str, Any] = field(default_factory=dict)
     labels: List[str] = field(default_factory=list)
     file: Optional[Path] = None
@@ -57,83 +57,40 @@ class Trained:
         return dataset_name(self.settings)[1] if self.settings.get('data_dir') else ''
 
 
-def read_tensors(file: Path, ema: Optional[bool]) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
-    """The weights in a checkpoint of train.py or in a safetensors file, and what stands beside them.
-
-    Args:
-        file: The file.
-        ema: Take the averaged weights, or the others; None for the averaged where there are both, and for a file of
-            nothing but weights too.
-
-    Raises:
-        UsageError: There are no such weights in it.
-        OSError, ValueError: The file is missing, broken, or holds more than weights.
-    """
-    check_file(file)
-    if file.suffix == '.safetensors':
-        if ema:
-            raise UsageError(f'--ema is for checkpoints of train.py; {str(file)!r} holds one set of weights.')
-        with safe_open(file, framework='pt') as f:
-            return load_file(file), f.metadata() or {}
-    state = load_checkpoint(file)
-    if ema is None and isinstance(state, dict):
-        if state and all(isinstance(value, torch.Tensor) for value in state.values()):
-            return clean_state_dict(state), {}
-        ema = 'state_dict_ema' in state
-    key = 'state_dict_ema' if ema else 'state_dict'
-    if not isinstance(state, dict) or not isinstance(state.get(key), dict):
-        raise UsageError(
-            f"{str(file)!r} has no {key!r}; expected a checkpoint of timm's train.py{' --model-ema' * bool(ema)}."
-        )
-    return clean_state_dict(state[key]), state
-
-
 def rebuild(
-    file: Path, ema: bool = False, model: Optional[str] = None, model_kwargs: Optional[Dict[str, Any]] = None
+    file: Path,
+    ema: Optional[bool] = None,
+    model: Optional[str] = None,
+    model_kwargs: Optional[Dict[str, Any]] = None,
 ) -> Trained:
     """The model of a checkpoint.
 
     Args:
-        file: train.py's .pth.tar, or safetensors.
-        ema: Take the averaged weights.
+        file: train.py's .pth.tar, the folder of a run, or safetensors.
+        ema: Take the averaged weights or the others; None for the averaged where there are both.
         model: The entrypoint, if the file does not say.
         model_kwargs: The model's arguments, if the file does not say.
 
     Raises:
-        UsageError: The file does not say which model it is of, or says otherwise.
+        UsageError: The file does not say which model it is of, says otherwise, or holds weights of another model.
         OSError, ValueError: The file is missing or broken, or the weights are not of that model.
     """
-    tensors, info = read_tensors(file, ema)
-    settings = vars(info['args']) if isinstance(info.get('args'), Namespace) else {}
-    stated = settings.get('model') or info.get('model') or (info.get('arch') if not settings else None)
-    if model and stated and model.split('.')[0] != stated.split('.')[0]:
-        raise UsageError(f'{str(file)!r} is of {stated}, not of {model}.')
-    name = stated or model
-    if not name:
-        raise UsageError(f'{str(file)!r} does not say which model it is of; --model names it.')
+    refuse = '{!r} is no model of timm_regnet_rnn; `timm-regnet-rnn list` prints the names.'
+    if model and not is_model_in_modules(model.split('.')[0], ['regnet_rnn']):
+        raise UsageError(refuse.format(model))
+    net, tensors, settings, info = from_file(file, model, ema, model_kwargs)
+    name = settings.get('model') or info.get('model') or model or ''
     if not is_model_in_modules(name.split('.')[0], ['regnet_rnn']):
-        raise UsageError(f'{name!r} is no model of timm_regnet_rnn; `timm-regnet-rnn list` prints the names.')
-    args = dict(
-        model_kwargs if model_kwargs else settings.get('model_kwargs') or json.loads(info.get('model_args', '{}'))
-    )
-    if settings.get('gp'):
-        args['global_pool'] = settings['gp']
-    classes = tensors['fc.weight'].shape[0] if 'fc.weight' in tensors else 0
-    first = next((v for k, v in tensors.items() if k in ('conv1.weight', 'conv1.0.weight')), None)
-    if first is None:
-        raise UsageError(f'{str(file)!r} holds no weights of {name}: it has no conv1.')
-    sizes = dict(num_classes=classes, in_chans=first.shape[1])
-    net = timm.create_model(name, **{**args, **sizes}).eval()
-    net.load_state_dict(tensors)
-    config = resolve_data_config(settings, model=net)
-    config['input_size'] = (first.shape[1], *config['input_size'][1:])
-    for key in ('mean', 'std'):
-        config[key] = tuple(adapt_to_chs(config[key], first.shape[1]))  # as the loader does in training
-    trained = Trained(net, name, {k: v for k, v in args.items() if k not in sizes}, settings, data_config=config)
-    trained.epochs = info['epoch'] + 1 if 'epoch' in info else None
-    cfg: Any = net.pretrained_cfg
-    known = cfg.get('label_names') if not settings else labels_of(trained.dataset)
-    trained.labels = list(known) if known and len(known) == classes else []
+        raise UsageError(refuse.format(name))
+    if net.state_dict().keys() != tensors.keys():  # a ResNet's, which would start a RegNet
+        raise UsageError(f'{str(file)!r} holds no weights of {name}, but those of another model.')
+    args = {key: value for key, value in net.model_args.items() if key not in ('num_classes', 'in_chans')}
+    trained = Trained(net, name, args, settings, data_config=resolve_data_config({}, model=net))
+    trained.epochs = info['epoch'] + 1 if isinstance(info.get('epoch'), int) else None
+    trained.averaged = 'state_dict_ema' in info if ema is None else ema
+    names = list(net.pretrained_cfg.get('label_names') or ())
+    numbers = [f'class {i}' for i in range(len(names))]
+    trained.labels = names if names != numbers and len(names) == net.num_classes else []
     return trained
 
 
@@ -164,7 +121,7 @@ def write_folder(trained: Trained, folder: Path, release: str = '') -> None:
     x = torch.randn(2, *trained.data_config['input_size'], generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         same = mine.keys() == its.keys() and all(torch.equal(mine[k], its[k]) for k in mine)
-        if not same or not torch.allclose(net(x), twin(x), rtol=1e-4, atol=1e-5):
+        if not same or not torch.allclose(net(x), twin(x), rtol=1e-4, atol=1e-5, equal_nan=True):
             raise RuntimeError('what was written does not rebuild the model bit for bit; nothing is sent.')
 
 
@@ -182,10 +139,10 @@ def evaluate(trained: Trained, data_dir: str, split: str) -> Dict[str, Any]:
     """Top-1 and top-5 accuracy in percent on a split of an image folder, and its number of images.
 
     Raises:
-        UsageError: The folder has another number of classes than the model.
+        ValueError: There is no such folder, timm would misread it, or it has another number of classes than the model.
     """
+    classes = len(read_classes(split_folder(dict(data_dir=data_dir), split))[0])
     data = create_dataset('', data_dir, split=split)
-    classes = len(data.reader.class_to_idx)
     if classes != trained.model.num_classes:
         raise UsageError(f'{data_dir!r} has {classes} classes, the model {trained.model.num_classes}.')
     keys = ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')

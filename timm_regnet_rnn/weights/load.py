@@ -3,14 +3,17 @@
 from argparse import Namespace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Dict, Union
+from typing import Any, Dict, Optional, Tuple, Union
 from zipfile import is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from timm.models import clean_state_dict
 
-__all__ = ['check_file', 'load_checkpoint', 'read_weights']
+from ..errors import UsageError
+
+__all__ = ['check_file', 'load_checkpoint', 'read_tensors', 'read_weights']
 
 WRAPPERS = ('state_dict', 'model', 'net', 'model_state_dict')  # what a training loop's checkpoint calls its weights
 
@@ -80,3 +83,34 @@ def read_weights(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ValueError(f'{str(path)!r} holds no state dict: names with tensors.')
     return dict(state)
+
+
+def read_tensors(file: Path, ema: Optional[bool]) -> Tuple[Dict[str, torch.Tensor], Dict[str, Any]]:
+    """The weights in a checkpoint of train.py or in a safetensors file, and what stands beside them.
+
+    Args:
+        file: The file.
+        ema: Take the averaged weights, or the others; None for the averaged where there are both, and for a file of
+            nothing but weights too.
+
+    Raises:
+        UsageError: There are no such weights in it.
+        OSError, ValueError: The file is missing, broken, or holds more than weights.
+    """
+    check_file(file)
+    if file.suffix == '.safetensors':
+        if ema:
+            raise UsageError(f'--ema is for checkpoints of train.py; {str(file)!r} holds one set of weights.')
+        with safe_open(file, framework='pt') as f:
+            return load_file(file), f.metadata() or {}
+    state = load_checkpoint(file)
+    if ema is None and isinstance(state, dict):
+        if state and all(isinstance(value, torch.Tensor) for value in state.values()):
+            return clean_state_dict(state), {}
+        ema = 'state_dict_ema' in state
+    key = 'state_dict_ema' if ema else 'state_dict'
+    if not isinstance(state, dict) or not isinstance(state.get(key), dict):
+        raise UsageError(
+            f"{str(file)!r} has no {key!r}; expected a checkpoint of timm's train.py{' --model-ema' * bool(ema)}."
+        )
+    return clean_state_dict(state[key]), state

@@ -1,6 +1,6 @@
 """Publish a trained model on the Hugging Face Hub: safetensors, config.json and a model card, in one commit.
 
-    python push.py output/RUN/last.pth.tar --repo-id ORG/NAME          # timm's train.py wrote it; --ema for its average
+    python push.py output/RUN --repo-id ORG/NAME                       # timm's train.py wrote it
     python push.py --tag regnet_convlstm_20.cifar10_jpeg75             # what the manifest has, to its own repository
     python push.py CHECKPOINT --repo-id ORG/NAME --dry-run --folder DIR  # write the folder, send nothing
 
@@ -17,19 +17,20 @@ import os
 import re
 import shutil
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
 import timm
-import timm.utils
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from timm.data import resolve_data_config
 
 from .. import __version__, results
-from ..errors import EXPECTED, Parser, UsageError, one_line, run_command
+from ..errors import EXPECTED, KeyValues, Parser, UsageError, one_line, run_command
 from ..files import file_sum
+from ..training.record import read_result
 from .card import make_card
 from .folder import Trained, evaluate, rebuild, tensor_digest, write_folder
 from .manifest import MANIFEST, ORGANISATION, RELEASED, hub_id
@@ -42,22 +43,28 @@ EMBEDDED = 5 << 20  # bytes that weights inside the package may have
 FILES = ('model.safetensors', 'config.json', 'README.md')
 
 
-def find_run(
-    groups: Dict[Any, Any], trained: Trained, checkpoint: Path, ema: bool, name: Optional[str]
-) -> Optional[results.Run]:
-    """The row of results.csv that the weights were measured for, None if there is none.
+def find_run(groups: Dict[Any, Any], trained: Trained, checkpoint: Path, name: Optional[str]) -> Optional[results.Run]:
+    """The row that the weights were measured for, None if there is none.
+
+    It is the one called `name` in results.csv; without a name that of result.json in the run's folder, or the one in
+    results.csv that is called like the folder.
 
     Raises:
         UsageError: The row named is missing, or is of other weights.
     """
     runs = {run.run: run for rows in groups.values() for same in rows.values() for run in same}
-    run = runs.get(checkpoint.resolve().parent.name if name is None else name)
+    path = checkpoint.resolve()
+    folder = path if path.is_dir() else path.parent
+    run = runs.get(folder.name if name is None else name)
+    if name is None and (folder / 'result.json').is_file():
+        with suppress(ValueError):  # a recipe of somebody's own: there is no table that the row could stand in
+            run = results.parse({key: str(value) for key, value in read_result(folder / 'result.json').items()})
     if name and run is None:
         raise UsageError(f'results.csv has no run {name!r}.')
     if run is None:
         return None
     facts: Any = (run.model, run.seed, run.epochs, run.weights == 'ema')
-    mine: Any = (trained.name, trained.settings.get('seed'), trained.epochs, ema)
+    mine: Any = (trained.name, trained.settings.get('seed'), trained.epochs, trained.averaged)
     if facts != mine:
         mine, facts = ('{} of seed {}, epoch {}, EMA {}'.format(*known) for known in (mine, facts))
         raise UsageError(
@@ -200,7 +207,7 @@ def load(args: argparse.Namespace) -> Trained:
         trained = rebuild(Path(args.checkpoint), args.ema, args.model, args.model_kwargs)
     elif args.tag not in RELEASED:
         raise UsageError(f'{args.tag!r} is not in the manifest, which has {", ".join(RELEASED)}.')
-    elif args.ema or args.model or args.model_kwargs or args.run or args.release:
+    elif args.ema is not None or args.model or args.model_kwargs or args.run or args.release:
         raise UsageError('--tag takes what the manifest says: no --ema, --model, --model-kwargs, --run or --release.')
     else:
         model = timm.create_model(args.tag, pretrained=True).eval()
@@ -241,7 +248,7 @@ def push(args: argparse.Namespace) -> int:
         raise UsageError('--expect-top1 needs --data-dir, the images to evaluate on.')
     trained = load(args)
     groups = results.read_runs(Path(args.results))
-    run = None if args.tag else find_run(groups, trained, Path(args.checkpoint), args.ema, args.run)
+    run = None if args.tag else find_run(groups, trained, Path(args.checkpoint), args.run)
     if args.embed and not args.release:
         raise UsageError('--embed needs --release NAME.TAG.')
     if args.release and run is None:
@@ -319,18 +326,22 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'push.py', manifest: 
     parser = Parser(
         prog=prog,
         description=(__doc__ or '').splitlines()[0],
-        examples=('output/RUN/last.pth.tar --repo-id ORG/NAME --dry-run', '--tag regnet_convlstm_20.cifar10_jpeg75'),
+        examples=('output/RUN --repo-id ORG/NAME --dry-run', '--tag regnet_convlstm_20.cifar10_jpeg75'),
     )
     add = parser.add_argument
-    add('checkpoint', nargs='?', metavar='CHECKPOINT', help="train.py's .pth.tar, or a .safetensors file")
+    add('checkpoint', nargs='?', metavar='CHECKPOINT', help="a run's folder, train.py's .pth.tar, or .safetensors")
     add('--tag', metavar='NAME.TAG', help='released weights of the manifest instead')
     add('--repo-id', metavar='ORG/NAME', help='default with --tag: the one in the manifest')
-    add('--ema', action='store_true', help='the averaged weights of the checkpoint')
+    add(
+        '--ema',
+        action=argparse.BooleanOptionalAction,
+        help="of a run's two sets of weights the averaged ones; default: they are taken where they are",
+    )
     add('--model', metavar='NAME', help='the model, if the checkpoint does not say')
-    add('--model-kwargs', nargs='*', default={}, action=timm.utils.ParseKwargs, metavar='K=V', help='its arguments')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='K=V', help='its arguments')
     add('--labels', metavar='FILE', help='a class name per line')
     add('--results', default=str(results.RECIPES / 'results.csv'), metavar='FILE', help='default: %(default)s')
-    add('--run', metavar='RUN', help="its row there; default: the one named like the checkpoint's folder")
+    add('--run', metavar='RUN', help="its row there; default: that of the run's folder")
     add('--data-dir', metavar='DIR', help='image folder to evaluate on before anything is sent')
     add('--val-split', default='test', metavar='S', help='default: %(default)s')
     add('--expect-top1', type=float, metavar='PERCENT', help='refuse to push if it differs')
