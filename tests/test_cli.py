@@ -215,7 +215,7 @@ def test_ctrl_c_is_one_line(command, tmp_path):
         )
         time.sleep(seconds)
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate(timeout=60)
+        _, err = child.communicate(timeout=300)
         assert child.returncode == 130 and err.splitlines() == ['timm-regnet-rnn: stopped.'], err
     assert not (tmp_path / 'a.onnx').exists() and not list(tmp_path.glob('.*'))
 

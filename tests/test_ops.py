@@ -460,25 +460,34 @@ def in_process(tmp_path, **env):
     return subprocess.run([sys.executable, '-c', SCRIPT], capture_output=True, text=True, env=env)
 
 
+def compiler(tmp_path, script):
+    """A compiler that is a shell script."""
+    file = tmp_path / 'c++'
+    file.write_text(f'#!/bin/sh\n{script}\n')
+    file.chmod(0o755)
+    return str(file)
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_compiled_once_and_kept(tmp_path):
-    assert in_process(tmp_path).returncode == 0
+    quick = {'CXX': compiler(tmp_path, 'exec g++ "$@" -O0')}
+    assert in_process(tmp_path, **quick).returncode == 0
     library, summed = sorted((tmp_path / 'timm_regnet_rnn').iterdir(), reverse=True)
     assert summed.suffix == '.sha256'
     made = library.stat().st_mtime_ns
-    assert in_process(tmp_path, CXX='g++').returncode == 0 and library.stat().st_mtime_ns == made
+    assert in_process(tmp_path, **quick).returncode == 0 and library.stat().st_mtime_ns == made
     whole = library.read_bytes()
     for broken in (b'', whole[: len(whole) // 3], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
         library.write_bytes(broken)
-        done = in_process(tmp_path)
+        done = in_process(tmp_path, **quick)
         assert done.returncode == 0 and 'is damaged: compiled again' in done.stderr
         assert library.read_bytes() == whole or len(library.read_bytes()) == len(whole)
     summed.unlink()
-    assert 'is damaged' in in_process(tmp_path).stderr and summed.is_file()
+    assert 'is damaged' in in_process(tmp_path, **quick).stderr and summed.is_file()
     library.parent.chmod(0o777)  # where anybody could plant a library
     kept = library.stat().st_mtime_ns
-    done = in_process(tmp_path)
+    done = in_process(tmp_path, **quick)
     assert done.returncode == 0 and 'others can write to it: the CPU kernels are not kept' in done.stderr
     assert library.stat().st_mtime_ns == kept
 
@@ -528,10 +537,8 @@ def test_what_is_not_a_number_stays_so(name):
 @needs_compiler
 def test_without_openmp(tmp_path):
     """As Apple's clang has none: one thread, said once, the same numbers."""
-    compiler = tmp_path / 'c++'
-    compiler.write_text('#!/bin/sh\nfor a in "$@"; do test "$a" = -fopenmp && exit 1; done\nexec g++ "$@"\n')
-    compiler.chmod(0o755)
-    done = in_process(tmp_path, CXX=str(compiler))
+    apples = compiler(tmp_path, 'for a in "$@"; do test "$a" = -fopenmp && exit 1; done; exec g++ "$@"')
+    done = in_process(tmp_path, CXX=apples)
     assert done.returncode == 0 and 'has no OpenMP: the regulators of a net run on one thread' in done.stderr
 
 

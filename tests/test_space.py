@@ -70,7 +70,7 @@ def address(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def browser():
-    playwright.expect.set_options(timeout=20_000)
+    playwright.expect.set_options(timeout=120_000)
     with playwright.sync_playwright() as p:
         chromium = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
@@ -97,7 +97,7 @@ def visit(address, browser):
 
     def open_page(width=1200, height=900):
         page = browser.new_page(viewport=dict(width=width, height=height))
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(120_000)
         pages.append(page)
         page.on('console', lambda message: problems.append(message.text) if message.type == 'error' else None)
         page.on('pageerror', lambda error: problems.append(str(error)))
@@ -177,7 +177,7 @@ def test_what_cannot_be_shown(visit, tmp_path):
     says(page, re.compile('Cannot read this file: .*truncated'))
 
     bomb = tmp_path / 'bomb.png'
-    Image.new('1', (20_000, 10_000)).save(bomb)
+    Image.new('1', (120_000, 10_000)).save(bomb)
     upload(page, bomb)
     says(page, re.compile('Cannot read this file: .*200000000 pixels'))
 

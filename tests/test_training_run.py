@@ -215,28 +215,30 @@ def test_a_failed_start_leaves_the_folder_free(capsys, argv, tmp_path):
     assert 'holds a run with batch_size 4' in refused(capsys, *argv, '--batch-size', '2')
 
 
-@pytest.mark.parametrize(
-    'file, text, words',
-    [
-        ('args.yaml', 'a: [', 'is damaged'),
-        ('args.yaml', '!!python/object/apply:os.system [ls]', 'is damaged'),
-        ('args.yaml', '\0', 'is damaged'),
-        ('args.yaml', 'text', 'is damaged'),
-        ('result.json', '{"run": ', 'is damaged'),
-        ('result.json', '{"run": "x"}', 'it lacks a key'),
-        ('summary.csv', '', 'has no epoch'),
-        ('summary.csv', 'epoch,train_loss\n0,1\n', 'needs epoch, lr and train_loss'),
-    ],
-)
-def test_damaged_folders(capsys, argv, tmp_path, file, text, words):
+DAMAGES = [
+    ('args.yaml', 'a: [', 'is damaged'),
+    ('args.yaml', '!!python/object/apply:os.system [ls]', 'is damaged'),
+    ('args.yaml', '\0', 'is damaged'),
+    ('args.yaml', 'text', 'is damaged'),
+    ('result.json', '{"run": ', 'is damaged'),
+    ('result.json', '{"run": "x"}', 'it lacks a key'),
+    ('summary.csv', '', 'has no epoch'),
+    ('summary.csv', 'epoch,train_loss\n0,1\n', 'needs epoch, lr and train_loss'),
+]
+
+
+def test_damaged_folders(capsys, recorded, argv, tmp_path):
     assert call(capsys, *argv)[0] == 0
-    if file == 'summary.csv':
-        (tmp_path / 'run' / 'result.json').unlink()
-    (tmp_path / 'run' / file).write_text(text)
     before = (tmp_path / 'results.csv').read_bytes()
-    status, _, err = call(capsys, *argv)
-    assert status == 2 and words in err and err.count('\n') == 1
-    assert (tmp_path / 'results.csv').read_bytes() == before
+    for i, (file, text, words) in enumerate(DAMAGES):
+        folder = tmp_path / f'run{i}'
+        shutil.copytree(tmp_path / 'run', folder)
+        if file == 'summary.csv':
+            (folder / 'result.json').unlink()
+        (folder / file).write_text(text)
+        status, _, err = call(capsys, *argv, '--output', folder)
+        assert status == 2 and words in err and err.count('\n') == 1, (file, text, err)
+        assert (tmp_path / 'results.csv').read_bytes() == before
 
 
 def test_averaged_weights_are_said_to_lag(capsys, recorded, argv):

@@ -148,10 +148,10 @@ def cmd_export(args: argparse.Namespace) -> int:
 def cmd_pull(args: argparse.Namespace) -> int:
     """Make a folder of each model for a machine without a network."""
     from .inference import check_name
-    from .weights.pull import pull_folder
+    from .weights.folder import pull_folder
 
     for name in args.name:
-        if not name.startswith('hf-hub:'):
+        if not name.startswith('hf-hub:') and not Path(name).exists():
             check_name(name)
     for name in args.name:
         print(f'local-dir:{pull_folder(name, args.to)}')
@@ -315,7 +315,7 @@ def make_parser() -> argparse.ArgumentParser:
         'regnet_convlstm_50 --to lab/',
         'hf-hub:ORG/NAME --to lab/',
     )
-    sub.add_argument('name', nargs='+', metavar='NAME', help='NAME[.TAG] or hf-hub:ORG/NAME')
+    sub.add_argument('name', nargs='+', metavar='NAME', help="NAME[.TAG], hf-hub:ORG/NAME, or a run's folder")
     sub.add_argument('--to', required=True, metavar='DIR', help="'local-dir:DIR/NAME' is then a model for timm")
 
     for name, help in (  # with parsers of their own

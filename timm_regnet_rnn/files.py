@@ -6,10 +6,13 @@ What a killed process left behind is cleared by the next.
 import contextlib
 import os
 import re
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Callable, Iterator, TypeVar
 
+from filelock import FileLock, Timeout
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 try:
@@ -17,9 +20,10 @@ try:
 except ImportError:  # Windows: what was left behind stays there
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ['file_sum', 'place']
+__all__ = ['file_sum', 'place', 'scratch_folder']
 
 Result = TypeVar('Result')
+SCRATCH = '.timm_regnet_rnn-'
 YOUNG = 60  # seconds in which a file that nobody holds yet may still be about to be locked
 
 
@@ -72,6 +76,17 @@ def place(file: Path, data: bytes, check: Callable[[Path], Result]) -> Result:
             written.close()  # Windows renames no open file
         os.replace(scratch, file)
         return result
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A folder to make things in, beside where they go; what killed processes left of theirs is removed first."""
+    for left in parent.glob(f'{SCRATCH}*'):
+        with contextlib.suppress(OSError, Timeout), FileLock(str(left / '.lock'), timeout=0):
+            if time.time() - left.stat().st_mtime > YOUNG:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=parent) as name, FileLock(str(Path(name) / '.lock')):
+        yield Path(name)
 
 
 def file_sum(file: Path, git: bool = False) -> str:

@@ -6,23 +6,25 @@ import os
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Union
 
 import safetensors
 import timm
 import torch
 from safetensors.torch import load_file, save_file
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.models import is_model_in_modules
+from timm.models import get_pretrained_cfg, is_model, is_model_in_modules, is_model_pretrained
 from timm.utils import AverageMeter, accuracy
 
 import timm_regnet_rnn
 
 from ..datasets import dataset_name
 from ..errors import UsageError
+from ..files import file_sum, scratch_folder
 from ..inference import from_file
 from ..training.data import read_classes, split_folder
 from .config import write_config
+from .pull import CONFIG, PREFIX, SUMS, WEIGHTS, check_source, pull, pull_config
 
 
 @dataclass
@@ -174,3 +176,62 @@ def tensor_digest(file: Path) -> str:
         digest.update(f'{name} {str(tensor.dtype).split(".")[1]} {tuple(tensor.shape)}\0'.encode())
         digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def pull_folder(name: str, to: Union[str, Path], cache_dir: Optional[Union[str, Path]] = None) -> Path:
+    """Make a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads without a network.
+
+    Args:
+        name: A model with pretrained weights, NAME or NAME.TAG, hf-hub:ORG/NAME, or the folder or checkpoint of a run.
+        to: Where the folder goes; it is called like the model, and replaces one that this made before.
+        cache_dir: The Hub cache, huggingface_hub's own if None.
+
+    Returns:
+        The folder, with model.safetensors, config.json and SHA256SUMS.
+
+    Raises:
+        OSError: The files cannot be had or written.
+        ValueError: There is no such model, it has no weights, or something else has the folder's name.
+    """
+    hub = name[len(PREFIX) :] if name.startswith(PREFIX) else ''
+    run = Path(name) if not hub and not is_model(name) and Path(name).exists() else None
+    known = is_model_in_modules(name.split('.')[0], ['regnet_rnn']) and is_model_pretrained(name)
+    if not hub and not run and not known:
+        raise ValueError(f'no pretrained weights are called {name!r}; `timm-regnet-rnn list` prints the tags.')
+    if run:
+        called = (run if run.is_dir() or run.suffix == '.safetensors' else run.parent).resolve().stem
+    else:
+        called = hub.partition('@')[0].split('/')[-1] or name
+    folder = Path(to) / called
+    if folder.exists() and not (folder / SUMS).is_file():
+        raise ValueError(f'{str(folder)!r} exists and is none of these folders; give --to another one.')
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_folder(folder.parent) as scratch:
+        new = scratch / 'new'
+        new.mkdir()
+        weights = new / WEIGHTS
+        if run:
+            write_folder(rebuild(run), new)
+        elif hub:
+            check_source(name, cache_dir)
+            config, _ = pull_config(hub, cache_dir)
+            shutil.copyfile(config, new / CONFIG)
+            filename = json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {}).get('hf_hub_filename')
+            weights = pull(hub, filename, cache_dir)
+        else:
+            cfg: Any = get_pretrained_cfg(name)
+            model = timm.create_model(name)
+            data_config = resolve_data_config(model=model)
+            write_config(model, new / CONFIG, {}, data_config, cfg.label_names or (), cfg.tag, cfg.description or '')
+            weights = pull(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)
+        if not run:
+            shutil.copyfile(weights, new / WEIGHTS)
+        sums = {file: file_sum(new / file) for file in (WEIGHTS, CONFIG)}
+        if sums[WEIGHTS] != file_sum(weights):
+            raise OSError(f'{str(folder / WEIGHTS)!r} was not written as it was read; nothing is kept.')
+        (new / SUMS).write_text(''.join(f'{value}  {file}\n' for file, value in sums.items()), encoding='utf-8')
+        timm.create_model(f'local-dir:{new}', pretrained=True)
+        if folder.exists():
+            os.rename(folder, scratch / 'old')
+        os.rename(new, folder)
+    return folder

@@ -8,16 +8,12 @@ cache: released weights against the manifest, everything else against the sum th
 import errno
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, Optional, Tuple, Union
 
-import timm
 from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -27,15 +23,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from timm.data import resolve_data_config
-from timm.models import get_pretrained_cfg, is_model_in_modules, is_model_pretrained
 
 from ..errors import one_line
 from ..files import file_sum
-from .config import read_config, write_config
+from .config import read_config
 from .manifest import RELEASED, embedded_file, known_weights
 
-__all__ = ['check_source', 'pull', 'pull_config', 'pull_folder', 'retry', 'weights_in']
+__all__ = ['check_source', 'pull', 'pull_config', 'retry', 'weights_in']
 
 PREFIX = 'hf-hub:'
 CONFIG, WEIGHTS, SUMS = 'config.json', 'model.safetensors', 'SHA256SUMS'
@@ -277,52 +271,3 @@ def check_source(name: str, cache_dir: Optional[Union[str, Path]] = None) -> Non
     else:
         file = Path(where) / CONFIG
         read_config(file, repr(str(file)))
-
-
-def pull_folder(name: str, to: Union[str, Path], cache_dir: Optional[Union[str, Path]] = None) -> Path:
-    """Make a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads without a network.
-
-    Args:
-        name: A model with pretrained weights, NAME or NAME.TAG, or hf-hub:ORG/NAME.
-        to: Where the folder goes; it is called like the model, and replaces one that this made before.
-        cache_dir: The Hub cache, huggingface_hub's own if None.
-
-    Returns:
-        The folder, with model.safetensors, config.json and SHA256SUMS.
-
-    Raises:
-        OSError: The files cannot be had or written.
-        ValueError: There is no such model, it has no weights, or something else has the folder's name.
-    """
-    hub = name[len(PREFIX) :] if name.startswith(PREFIX) else ''
-    if not hub and not (is_model_in_modules(name.split('.')[0], ['regnet_rnn']) and is_model_pretrained(name)):
-        raise ValueError(f'no pretrained weights are called {name!r}; `timm-regnet-rnn list` prints the tags.')
-    folder = Path(to) / (hub.partition('@')[0].split('/')[-1] or name)
-    if folder.exists() and not (folder / SUMS).is_file():
-        raise ValueError(f'{str(folder)!r} exists and is none of these folders; give --to another one.')
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.pull-', dir=folder.parent) as scratch:
-        new = Path(scratch) / 'new'
-        new.mkdir()
-        if hub:
-            check_source(name, cache_dir)
-            config, _ = pull_config(hub, cache_dir)
-            shutil.copyfile(config, new / CONFIG)
-            filename = json.loads(config.read_text(encoding='utf-8')).get('pretrained_cfg', {}).get('hf_hub_filename')
-            weights = pull(hub, filename, cache_dir)
-        else:
-            cfg: Any = get_pretrained_cfg(name)
-            model = timm.create_model(name)
-            data_config = resolve_data_config(model=model)
-            write_config(model, new / CONFIG, {}, data_config, cfg.label_names or (), cfg.tag, cfg.description or '')
-            weights = pull(cfg.hf_hub_id, cfg.hf_hub_filename, cache_dir)
-        shutil.copyfile(weights, new / WEIGHTS)
-        sums = {file: file_sum(new / file) for file in (WEIGHTS, CONFIG)}
-        if sums[WEIGHTS] != file_sum(weights):
-            raise OSError(f'{str(folder / WEIGHTS)!r} was not written as it was read; nothing is kept.')
-        (new / SUMS).write_text(''.join(f'{value}  {file}\n' for file, value in sums.items()), encoding='utf-8')
-        timm.create_model(f'local-dir:{new}', pretrained=True)
-        if folder.exists():
-            os.rename(folder, Path(scratch) / 'old')
-        os.rename(new, folder)
-    return folder

@@ -29,7 +29,7 @@ from timm.data import resolve_data_config
 
 from .. import __version__, results
 from ..errors import EXPECTED, KeyValues, Parser, UsageError, one_line, run_command
-from ..files import file_sum
+from ..files import file_sum, scratch_folder
 from ..training.record import read_result
 from .card import make_card
 from .folder import Trained, evaluate, rebuild, tensor_digest, write_folder
@@ -298,13 +298,10 @@ def keep(folder: Path, target: Path) -> None:
     if target.exists():
         raise UsageError(f'{str(target)!r} exists; give --folder a new name.')
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f'.{target.name}-', dir=target.parent))
-    try:
-        shutil.copytree(folder, scratch, dirs_exist_ok=True)
-        os.chmod(scratch, 0o755)
-        os.rename(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with scratch_folder(target.parent) as scratch:
+        shutil.copytree(folder, scratch / 'new')
+        os.chmod(scratch / 'new', 0o755)
+        os.rename(scratch / 'new', target)
 
 
 def explain(error: BaseException, repo_id: Optional[str]) -> str:
