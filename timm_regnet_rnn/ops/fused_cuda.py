@@ -21,6 +21,10 @@ A tensor is 4 bytes per element in float32 and 2 otherwise; what tiles read beyo
 The GRU's candidate convolves r * h, so a tile computes r in a ring around itself, (TY + 2) / TY times per element, and
 takes neighbours along the row from its own registers; a pass of its own for r would make the 3 tensors 7.
 
+What is not finite in the reference is not finite here, but for one case: without a state the GRU's reset gate is not
+computed, so that a NaN in it alone shows a step later. More may be lost than there: zeros around a map are multiplied,
+and times an infinite weight, or x or h in a kernel's gradient, are NaN where most of torch's convolutions skip them.
+
 Backward writes the gradients of the pre-activations once, for two kernels to convolve. A single pass would compute
 them in a ring, half again of an LSTM's 72 multiply-adds per element and more with its neighbours along the row, where
 72 already take as long as moving 10 bytes on an H200 (4.8 TB/s, 33 T multiply-adds per second). For the same reason the
@@ -262,7 +266,8 @@ def _gru(x, h, w, b, tile, y, SHAPE: tl.constexpr):
         rh = ()  # [TY + 2][P]
         for row in tl.static_range(TY + 2):
             r += (_sigmoid(pre[row]),)
-            rh += (r[row] * hs[row],)
+            inside = (y > -row) & (y <= tile.H - row)  # r may be NaN outside the map, where h is zero
+            rh += (tl.where(inside, r[row] * hs[row], 0.0),)
         r, hs = r[1 : TY + 1], hs[1 : TY + 1]
         acc = _taps((n,), rh, _tap(w, CANDIDATE, H_HALF, FIRST + 1, N), tile, TY, hop=N)
         for dx in tl.static_range(0, 3, 2):
@@ -297,12 +302,10 @@ def forward_kernel(x, h, c, w, b, h_out, c_out, N, H, W, GATES: tl.constexpr, SH
             new_h += (_tanh(n[row]),)
     else:
         i, f, o, g = _gates(x, h, w, b, tile, y, GATES, SHAPE)
-        if c is not None:
-            old = _load(c, tile, y, 0, TY, SHAPE)
+        old = _rows(0.0, TY, SHAPE) if c is None else _load(c, tile, y, 0, TY, SHAPE)
         for row in tl.static_range(TY):
             cell = _sigmoid(i[row]) * _tanh(g[row])
-            if c is not None:
-                cell += _sigmoid(f[row]) * old[row]
+            cell += _sigmoid(f[row]) * old[row]  # of a zero c too: a NaN in f must show
             new_c += (cell,)
             new_h += (_sigmoid(o[row]) * _tanh(cell),)
     _store(h_out, new_h, tile, y, SHAPE)
