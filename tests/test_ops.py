@@ -687,15 +687,48 @@ def test_norm_of_values_that_are_not_finite_or_huge(value):
 
 
 @needs_compiler
-@pytest.mark.parametrize('shape', [(0, 16, 4, 4), (1, 16, 0, 8), (0, 16, 0, 0), (2, 16, 3, 0)])
+@pytest.mark.parametrize('shape', [(0, 16, 5, 5), (1, 16, 0, 8), (0, 16, 0, 0), (2, 16, 3, 0)])
 @pytest.mark.parametrize('name', NAMES)
 def test_nothing_in_nothing_out(name, shape):
-    for state in (False, True):
-        for choice in ('', 'reference', 'fused'):
-            with ops.use(choice):
-                h, c = getattr(ops, f'{name}_step')(*inputs(name, shape, state))
-            assert h.shape == shape and (name != 'conv_lstm' or c.shape == shape)
-            h.sum().backward()
+    """In every path, with a gradient of zero for all inputs; a norm in the step changes nothing."""
+    step, norm = getattr(ops, f'{name}_step'), [torch.ones(16), torch.ones(16)]
+    paths = {choice: step for choice in ('', 'reference', 'fused')}
+    paths.update({'script': torch.jit.script(step), 'op': fused.STEPS[name]})
+    paths.update({'op and norm': lambda *t: fused.STEPS[name](*t, *norm)})
+    paths.update({'norm': lambda *t: ops.step_norm_relu(step, *t, *norm)})
+    for path, function in paths.items():
+        for state in (False, True):
+            tensors = inputs(name, shape, state)
+            with ops.use(path if path in ops.OPS else ''):
+                outs = [out for out in function(*tensors) if out is not None]
+            assert [out.shape for out in outs] == [shape] * (2 if name == 'conv_lstm' else 1), path
+            for out in outs:
+                grads = torch.autograd.grad(out.sum(), [t for t in tensors if t is not None], retain_graph=True)
+                assert not any(grad.any() for grad in grads), path
+
+
+@needs_compiler
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('model', ['resnet18', *(f'regnet_{cell}_20' for cell in CELLS)])
+def test_a_net_takes_an_empty_batch(model, training):
+    """As timm's own nets do: no logits, gradients of zero, statistics as they were; scripted and exported as well."""
+    net = timm.create_model(model, num_classes=3).to(memory_format=CL).train(training)
+    images, nothing = torch.randn(2, 3, 32, 32).contiguous(memory_format=CL), torch.zeros(0, 3, 32, 32)
+    net(images)
+    before = {name: t.clone() for name, t in net.named_buffers() if 'num_batches' not in name}
+    for choice in ('', 'reference', 'fused'):
+        with ops.use(choice):
+            for batch in (nothing, nothing.contiguous(memory_format=CL)):
+                net.zero_grad()
+                out = net(batch)
+                out.sum().backward()
+                assert out.shape == (0, 3) and not any(p.grad.any() for p in net.parameters()), choice
+    assert torch.jit.script(net)(nothing).shape == (0, 3)
+    assert all(torch.equal(t, before[name]) for name, t in net.named_buffers() if name in before)
+    if not training:
+        dynamic = ({0: torch.export.Dim.AUTO},)
+        program = torch.export.export(net, (images,), dynamic_shapes=dynamic)
+        assert program.module()(images[:1]).shape == (1, 3) and program.module()(nothing).shape == (0, 3)
 
 
 @pytest.mark.slow

@@ -95,12 +95,25 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def _nothing(name, x, h, c, weight, bias, scale=None, shift=None) -> State:
+def _nothing(
+    has_c: bool,
+    x: torch.Tensor,
+    h: Optional[torch.Tensor],
+    c: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: Optional[torch.Tensor] = None,
+    shift: Optional[torch.Tensor] = None,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
     """A step on no pixels, which a convolution refuses: no numbers, of which every input's gradient is zero."""
     out = x * (weight.sum() + bias.sum())
-    for t in (h, c if name == 'conv_lstm' else None):
-        out = out if t is None else out + t
-    return out, out.clone() if name == 'conv_lstm' else c
+    if h is not None:
+        out = out + h
+    if not has_c:
+        return out, c
+    if c is not None:
+        out = out + c
+    return out, out.clone()
 
 
 @torch.jit.unused
@@ -118,7 +131,7 @@ def fused_step(name: str, x: torch.Tensor, *others: Optional[torch.Tensor]) -> O
     elif any(t is not None and t.device != x.device for t in others):  # torch's own convolution takes meta for any
         raise RuntimeError('expected x, h, c, weight and bias to be on one device.')
     elif not x.numel():
-        return partial(_nothing, name)
+        return partial(_nothing, name == 'conv_lstm')
     device = x.device.type
     if _ops == 'reference' or device == 'meta':
         return None
@@ -200,6 +213,8 @@ def conv_rnn_step(
         fused = fused_step('conv_rnn', x, h, c, weight, bias)
         if fused is not None:
             return fused(x, h, c, weight, bias)
+    elif x.numel() == 0:
+        return _nothing(False, x, h, c, weight, bias)
     return reference.conv_rnn_step(x, h, c, weight, bias)
 
 
@@ -215,6 +230,8 @@ def conv_gru_step(
         fused = fused_step('conv_gru', x, h, c, weight, bias)
         if fused is not None:
             return fused(x, h, c, weight, bias)
+    elif x.numel() == 0:
+        return _nothing(False, x, h, c, weight, bias)
     return reference.conv_gru_step(x, h, c, weight, bias)
 
 
@@ -230,4 +247,6 @@ def conv_lstm_step(
         fused = fused_step('conv_lstm', x, h, c, weight, bias)
         if fused is not None:
             return fused(x, h, c, weight, bias)
+    elif x.numel() == 0:
+        return _nothing(True, x, h, c, weight, bias)
     return reference.conv_lstm_step(x, h, c, weight, bias)

@@ -30,6 +30,7 @@ constexpr float LIMIT = 1e8f;
 
 constexpr int L = 16;     // channels per block
 constexpr int TAPS = 9;   // 3x3
+enum Half { FROM_X, FROM_H };  // what a gate's taps read: [gate][half][tap] throughout
 constexpr int TILE = 4;   // pixels computed together, so that a weight is loaded once for all of them
 typedef float V __attribute__((vector_size(L * 4), aligned(4)));
 typedef int32_t I __attribute__((vector_size(L * 4), aligned(4)));
@@ -108,6 +109,8 @@ struct Shape {
     int64_t row() const { return (width + 2) * L; }  // floats per padded row
     int64_t padded() const { return (height + 2) * row(); }
     int64_t at(int64_t y, int64_t x) const { return (y + 1) * row() + (x + 1) * L; }
+    // What tap t of a pixel reads; TAPS - 1 - t is the pixel whose tap t reads this one.
+    const float* tap(const float* pixel, int t) const { return pixel + (t / 3 - 1) * row() + (t % 3 - 1) * L; }
     int64_t pixel(int64_t b, int64_t n, int64_t y, int64_t x) const {
         return ((b * height + y) * width + x) * channels + n * L;
     }
@@ -146,7 +149,7 @@ template <int G, int P>
 inline void correlate(const Shape& s, const float* src, const float (*w)[2][TAPS][L], int half, V (&acc)[G][P]) {
 #pragma GCC unroll 16
     for (int t = 0; t < TAPS; t++) {
-        const float* at = src + (t / 3 - 1) * s.row() + (t % 3 - 1) * L;
+        const float* at = s.tap(src, t);
         V in[P];
 #pragma GCC unroll 16
         for (int p = 0; p < P; p++) in[p] = load(at + p * L);
@@ -167,7 +170,7 @@ inline void correlate_transposed(
     for (int g = 0; g < G; g++)
 #pragma GCC unroll 16
         for (int t = 0; t < TAPS; t++) {
-            const float* at = grads + g * s.padded() - (t / 3 - 1) * s.row() - (t % 3 - 1) * L;
+            const float* at = s.tap(grads + g * s.padded(), TAPS - 1 - t);
             V in[P];
 #pragma GCC unroll 16
             for (int p = 0; p < P; p++) in[p] = load(at + p * L);
@@ -186,8 +189,8 @@ inline void gates(
     const Shape& s, const float* x, const float* h, const float (*w)[2][TAPS][L], const float (*b)[L], V (&a)[G][P]) {
     for (int g = 0; g < G; g++)
         for (int p = 0; p < P; p++) a[g][p] = load(b[g]);
-    correlate<G, P>(s, x, w, 0, a);
-    if (h) correlate<G, P>(s, h, w, 1, a);
+    correlate<G, P>(s, x, w, FROM_X, a);
+    if (h) correlate<G, P>(s, h, w, FROM_H, a);
 }
 
 // Calls body(P, y, x) for tiles of P pixels of a row, until they cover the map; P is a compile-time constant.
@@ -213,7 +216,7 @@ void weight_grad(const Shape& s, const float* src, const float* grads, int half,
                 V d1 = load(one + o), d2 = load(two + o);
 #pragma GCC unroll 16
                 for (int t = 0; t < TAPS; t++) {
-                    V v = load(src + o + (t / 3 - 1) * s.row() + (t % 3 - 1) * L);
+                    V v = load(s.tap(src + o, t));
                     acc[0][t] += d1 * v;
                     acc[1][t] += d2 * v;
                 }
@@ -267,14 +270,14 @@ struct Task {
             const float* at = grads + s.at(y, x);
             V d[2][P] = {};
             if (t.dh) {
-                for (int p = 0; direct && p < P; p++) d[1][p] = load(direct + s.at(y, x + p));
-                correlate_transposed<H, 2, P>(s, at, w.w, 0, d);
-                correlate_transposed<G - H, 1, P>(s, at + H * s.padded(), w.w + H, 0, d);
-                for (int p = 0; p < P; p++) write(t.dh, y, x + p, d[1][p]);
+                for (int p = 0; direct && p < P; p++) d[FROM_H][p] = load(direct + s.at(y, x + p));
+                correlate_transposed<H, 2, P>(s, at, w.w, FROM_X, d);
+                correlate_transposed<G - H, 1, P>(s, at + H * s.padded(), w.w + H, FROM_X, d);
+                for (int p = 0; p < P; p++) write(t.dh, y, x + p, d[FROM_H][p]);
             } else {
-                correlate_transposed<G, 1, P>(s, at, w.w, 0, d);
+                correlate_transposed<G, 1, P>(s, at, w.w, FROM_X, d);
             }
-            for (int p = 0; p < P; p++) write(t.dx, y, x + p, d[0][p]);
+            for (int p = 0; p < P; p++) write(t.dx, y, x + p, d[FROM_X][p]);
         });
     }
 };
@@ -299,14 +302,15 @@ struct RNN {
             }
         });
         k.input_grads<G, G>(w, grads, nullptr);
-        weight_grad<G>(k.s, k.xs, grads, 0, dw);
-        if (k.hs) weight_grad<G>(k.s, k.hs, grads, 1, dw);
+        weight_grad<G>(k.s, k.xs, grads, FROM_X, dw);
+        if (k.hs) weight_grad<G>(k.s, k.hs, grads, FROM_H, dw);
         bias_grad<G>(k.s, grads, db);
     }
 };
 
 struct GRU {
     static constexpr int G = 3, FORWARD = 2, BACKWARD = 5;
+    enum Gate { UPDATE, RESET, CANDIDATE };
     // z and r * h of the whole map, which the candidate's convolution reads around each pixel.
     static void reset(const Task& k, const Weights<G>& w, float* zs, float* rs, float* rh) {
         tiles(k.s, [&](auto P, int64_t y, int64_t x) {
@@ -314,7 +318,7 @@ struct GRU {
             gates<2, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
             for (int p = 0; p < P; p++) {
                 const int64_t o = k.s.at(y, x + p);
-                V z = a[0][p], r = a[1][p];
+                V z = a[UPDATE][p], r = a[RESET][p];
                 sigmoids(z, r);
                 store(zs + o, z);
                 if (rs) store(rs + o, r);
@@ -328,7 +332,7 @@ struct GRU {
         tiles(k.s, [&](auto P, int64_t y, int64_t x) {
             const int64_t o = k.s.at(y, x);
             V a[1][P];
-            gates<1, P>(k.s, k.xs + o, k.hs ? rh + o : nullptr, w.w + 2, w.b + 2, a);
+            gates<1, P>(k.s, k.xs + o, k.hs ? rh + o : nullptr, w.w + CANDIDATE, w.b + CANDIDATE, a);
             for (int p = 0; p < P; p++) {
                 V h = k.read(k.t.h, y, x + p);
                 k.write_h(y, x + p, h + load(zs + o + p * L) * (tanh_(a[0][p]) - h));
@@ -337,26 +341,26 @@ struct GRU {
     }
     static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
         const int64_t map = k.s.padded();
-        float *grads = k.room, *rh = grads + 3 * map, *direct = rh + map;
-        reset(k, w, grads, grads + map, rh);
+        float *grads = k.room, *rh = grads + G * map, *direct = rh + map;
+        reset(k, w, grads + UPDATE * map, grads + RESET * map, rh);  // z and r lie where their gradients will
         tiles(k.s, [&](auto P, int64_t y, int64_t x) {
             const int64_t o = k.s.at(y, x);
             V a[1][P];
-            gates<1, P>(k.s, k.xs + o, k.hs ? rh + o : nullptr, w.w + 2, w.b + 2, a);
+            gates<1, P>(k.s, k.xs + o, k.hs ? rh + o : nullptr, w.w + CANDIDATE, w.b + CANDIDATE, a);
             for (int p = 0; p < P; p++) {
                 float* d = grads + o + p * L;
-                V z = load(d), n = tanh_(a[0][p]), dh = k.read(k.t.dh_out, y, x + p);
-                store(d, dh * (n - k.read(k.t.h, y, x + p)) * z * (1.0f - z));
-                store(d + 2 * map, dh * z * (1.0f - n * n));
+                V z = load(d + UPDATE * map), n = tanh_(a[0][p]), dh = k.read(k.t.dh_out, y, x + p);
+                store(d + UPDATE * map, dh * (n - k.read(k.t.h, y, x + p)) * z * (1.0f - z));
+                store(d + CANDIDATE * map, dh * z * (1.0f - n * n));
                 store(direct + o + p * L, dh * (1.0f - z));
             }
         });
         tiles(k.s, [&](auto P, int64_t y, int64_t x) {
             const int64_t o = k.s.at(y, x);
             V drh[1][P] = {};
-            if (k.hs) correlate_transposed<1, 1, P>(k.s, grads + 2 * map + o, w.w + 2, 1, drh);
+            if (k.hs) correlate_transposed<1, 1, P>(k.s, grads + CANDIDATE * map + o, w.w + CANDIDATE, FROM_H, drh);
             for (int p = 0; p < P; p++) {
-                float* d = grads + map + o + p * L;
+                float* d = grads + RESET * map + o + p * L;
                 V r = load(d);
                 store(d, drh[0][p] * k.read(k.t.h, y, x + p) * r * (1.0f - r));
                 float* past = direct + o + p * L;
@@ -364,10 +368,10 @@ struct GRU {
             }
         });
         k.input_grads<G, 2>(w, grads, direct);
-        weight_grad<G>(k.s, k.xs, grads, 0, dw);
+        weight_grad<G>(k.s, k.xs, grads, FROM_X, dw);
         if (k.hs) {
-            weight_grad<2>(k.s, k.hs, grads, 1, dw);
-            weight_grad<1>(k.s, rh, grads + 2 * map, 1, dw + 2);
+            weight_grad<2>(k.s, k.hs, grads, FROM_H, dw);
+            weight_grad<1>(k.s, rh, grads + CANDIDATE * map, FROM_H, dw + CANDIDATE);
         }
         bias_grad<G>(k.s, grads, db);
     }
@@ -375,9 +379,10 @@ struct GRU {
 
 struct LSTM {
     static constexpr int G = 4, FORWARD = 0, BACKWARD = 4;
+    enum Gate { INPUT, FORGET, OUTPUT, CANDIDATE };
     template <int P>
     static void activate(const V (&a)[G][P], int p, V& i, V& f, V& o, V& g) {
-        i = a[0][p], f = a[1][p], o = a[2][p], g = a[3][p] + a[3][p];
+        i = a[INPUT][p], f = a[FORGET][p], o = a[OUTPUT][p], g = a[CANDIDATE][p] + a[CANDIDATE][p];
         sigmoids(i, g);
         sigmoids(f, o);
         g = g + g - 1.0f;  // tanh
@@ -408,16 +413,16 @@ struct LSTM {
                 V t = tanh_(f * c + i * g);
                 V dc = k.read(k.t.dc_out, y, x + p) + dh * o * (1.0f - t * t);
                 float* d = grads + k.s.at(y, x + p);
-                store(d, dc * g * i * (1.0f - i));
-                store(d + map, dc * c * f * (1.0f - f));
-                store(d + 2 * map, dh * t * o * (1.0f - o));
-                store(d + 3 * map, dc * i * (1.0f - g * g));
+                store(d + INPUT * map, dc * g * i * (1.0f - i));
+                store(d + FORGET * map, dc * c * f * (1.0f - f));
+                store(d + OUTPUT * map, dh * t * o * (1.0f - o));
+                store(d + CANDIDATE * map, dc * i * (1.0f - g * g));
                 if (k.t.dc) k.write(k.t.dc, y, x + p, dc * f);
             }
         });
         k.input_grads<G, G>(w, grads, nullptr);
-        weight_grad<G>(k.s, k.xs, grads, 0, dw);
-        if (k.hs) weight_grad<G>(k.s, k.hs, grads, 1, dw);
+        weight_grad<G>(k.s, k.xs, grads, FROM_X, dw);
+        if (k.hs) weight_grad<G>(k.s, k.hs, grads, FROM_H, dw);
         bias_grad<G>(k.s, grads, db);
     }
 };

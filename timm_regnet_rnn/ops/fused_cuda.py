@@ -21,6 +21,10 @@ A tensor is 4 bytes per element in float32 and 2 otherwise; what tiles read beyo
 The GRU's candidate convolves r * h, so a tile computes r in a ring around itself, (TY + 2) / TY times per element, and
 takes neighbours along the row from its own registers; a pass of its own for r would make the 3 tensors 7.
 
+What is not finite in the reference is not finite here, but for one case: without a state the GRU's reset gate is not
+computed, so that a NaN in it alone shows a step later. More may be lost than there: zeros around a map are multiplied,
+and times an infinite weight, or x or h in a kernel's gradient, are NaN where most of torch's convolutions skip them.
+
 Backward writes the gradients of the pre-activations once, for two kernels to convolve. A single pass would compute
 them in a ring, half again of an LSTM's 72 multiply-adds per element and more with its neighbours along the row, where
 72 already take as long as moving 10 bytes on an H200 (4.8 TB/s, 33 T multiply-adds per second). For the same reason the
@@ -28,7 +32,7 @@ forward step of an LSTM in bfloat16, which moves 10 bytes, is bound by arithmeti
 """
 
 from types import SimpleNamespace
-from typing import Any, List, Optional, Tuple
+from typing import Any, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -42,9 +46,10 @@ try:
 
     jit, UNAVAILABLE, INTERPRETED = triton.jit, '', triton.knobs.runtime.interpret
 except ImportError:  # the kernels below stay plain functions that nobody calls
-    tl = SimpleNamespace(constexpr=None)
+    tl = SimpleNamespace(constexpr=lambda value: value)
     jit, UNAVAILABLE, INTERPRETED = lambda kernel: kernel, 'Triton is not installed', False
 inline = (lambda function: function) if INTERPRETED else jit  # the interpreter takes milliseconds to enter a function
+const = (lambda value: value) if INTERPRETED else tl.constexpr
 
 __all__ = ['CONVERTS', 'backward', 'empty', 'forward', 'unavailable']
 
@@ -54,10 +59,40 @@ NCHW, CL = torch.contiguous_format, torch.channels_last
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 WARPS = 4096  # aimed at by the sum over pixels: enough for 132 multiprocessors, and the same on every device
 
+# The kernel is [G, 2, 9, N] here: gates, the halves that read x and h, taps, channels.
+X_HALF, H_HALF = const(0), const(1)
+TAPS = const(9)  # 3x3, row by row
+FIRST, LAST = const(0), const(8)
+DOWN = const(3)  # taps from a row to the next
+GATE = const(18)  # taps from a gate to the next
+UPDATE, RESET, CANDIDATE = const(0), const(1), const(2)  # the GRU's gates
+FORGET, OUTPUT, CONTENT = const(1), const(2), const(3)  # the LSTM's after the input gate
+Z_PLANE, R_PLANE = const(3), const(4)  # where backward keeps the GRU's z and r, behind the gates' gradients
 
-# SHAPE is (channels_last or not, TY, TX, TC, ring or not). A tile is (first element of the image, channels n, columns
-# px, which of them are its own and not the ring's, N, H, W); n and px broadcast to [TX, TC] in channels_last and to
-# [TC, TX] in NCHW, so that the last axis is contiguous.
+
+class Shape(NamedTuple):
+    """How a kernel cuts maps into tiles; known when it is compiled."""
+
+    channels_last: bool
+    TY: int  # rows
+    TX: int  # columns
+    TC: int  # channels
+    ring: int  # 1 if the first and last column belong to the neighbours, else 0
+
+
+class Tile(NamedTuple):
+    """A strip of rows of one image, for one block of channels.
+
+    P below is [TX, TC] in channels_last and [TC, TX] in NCHW, so that the last axis is contiguous.
+    """
+
+    image: Any  # first element
+    n: Any  # channels, broadcasts to [P]
+    px: Any  # columns, broadcasts to [P]
+    own: Any  # [P], which of them are its own and not the ring's
+    N: Any  # channels, rows and columns of the map
+    H: Any
+    W: Any
 
 
 @inline
@@ -66,96 +101,123 @@ def _blocks(size, block):
 
 
 @inline
+def _lane(SHAPE: tl.constexpr):
+    """Columns from 0 on."""
+    return tl.arange(0, SHAPE.TX)[:, None] if SHAPE.channels_last else tl.arange(0, SHAPE.TX)[None, :]
+
+
+@inline
 def _tile(item, block, N, H, W, SHAPE: tl.constexpr):
-    """Tile and first row of a work item: a strip of rows of an image, for one block of channels."""
-    LAST: tl.constexpr = SHAPE[0]
-    TY: tl.constexpr = SHAPE[1]
-    TX: tl.constexpr = SHAPE[2]
-    TC: tl.constexpr = SHAPE[3]
-    RING: tl.constexpr = SHAPE[4]
-    columns = _blocks(W, TX - 2 * RING)
-    lane = tl.arange(0, TX)[:, None] if LAST else tl.arange(0, TX)[None, :]
-    n = block * TC + (tl.arange(0, TC)[None, :] if LAST else tl.arange(0, TC)[:, None])
-    px = item % columns * (TX - 2 * RING) - RING + lane
-    own = (n < N) & (px < W) & (lane >= RING) & (lane < TX - RING)
+    """Tile and first row of a work item: a strip of an image, for one block of channels."""
+    columns = _blocks(W, SHAPE.TX - 2 * SHAPE.ring)
+    lane = _lane(SHAPE)
+    n = block * SHAPE.TC + (tl.arange(0, SHAPE.TC)[None, :] if SHAPE.channels_last else tl.arange(0, SHAPE.TC)[:, None])
+    px = item % columns * (SHAPE.TX - 2 * SHAPE.ring) - SHAPE.ring + lane
+    own = (n < N) & (px < W) & (lane >= SHAPE.ring) & (lane < SHAPE.TX - SHAPE.ring)  # [P]
     strip = item // columns
-    rows = _blocks(H, TY)
-    image = (strip // rows).to(tl.int64) * N * H * W
-    y = strip % rows * TY + tl.zeros((1, 1), tl.int32)  # the interpreter has no scalar conditions in masks
-    return (image, n, px, own, N, H, W), y
+    strips = _blocks(H, SHAPE.TY)
+    image = (strip // strips).to(tl.int64) * N * H * W
+    y = strip % strips * SHAPE.TY + tl.zeros((1, 1), tl.int32)  # the interpreter has no scalar conditions in masks
+    return Tile(image, n, px, own, N, H, W), y
 
 
 @inline
 def _program(N, H, W, SHAPE: tl.constexpr):
     """Tile and first row of this program; programs of neighbouring channels follow each other."""
-    blocks = _blocks(N, SHAPE[3])
+    blocks = _blocks(N, SHAPE.TC)
     return _tile(tl.program_id(0) // blocks, tl.program_id(0) % blocks, N, H, W, SHAPE)
 
 
 @inline
 def _row(ptr, tile, y, dx, SHAPE: tl.constexpr):
-    """Where row y lies, shifted by dx, and how far it is to the next."""
-    image, n, px, own, N, H, W = tile
-    LAST: tl.constexpr = SHAPE[0]
-    pitch = W * N if LAST else W
-    return ptr + image + y * pitch + (((px + dx) * N + n) if LAST else (n * (H * W) + px + dx)), pitch
+    """Where row y lies, shifted by dx, [P], and how far it is to the next."""
+    n, px, N, H, W = tile.n, tile.px, tile.N, tile.H, tile.W
+    pitch = W * N if SHAPE.channels_last else W
+    row = ptr + tile.image + y * pitch
+    return row + (((px + dx) * N + n) if SHAPE.channels_last else (n * (H * W) + px + dx)), pitch
 
 
 @inline
 def _load(ptr, tile, y, dx, ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """ROWS rows from y on, shifted by dx; zero outside the map."""
+    """ROWS rows from y on, shifted by dx, [ROWS][P]; zero outside the map."""
     ptr, pitch = _row(ptr, tile, y, dx, SHAPE)
-    inside = (tile[1] < tile[4]) & (tile[2] + dx >= 0) & (tile[2] + dx < tile[6])
+    inside = (tile.n < tile.N) & (tile.px + dx >= 0) & (tile.px + dx < tile.W)
     rows = ()
     for row in tl.static_range(ROWS):
-        rows += (tl.load(ptr + row * pitch, inside & (y >= -row) & (y < tile[5] - row), 0).to(tl.float32),)
+        rows += (tl.load(ptr + row * pitch, inside & (y >= -row) & (y < tile.H - row), 0).to(tl.float32),)
     return rows
 
 
 @inline
 def _store(ptr, rows, tile, y, SHAPE: tl.constexpr):
-    TY: tl.constexpr = SHAPE[1]
+    """Write rows [TY][P] from row y on, where they are the tile's own."""
+    TY: tl.constexpr = SHAPE.TY
     ptr, pitch = _row(ptr, tile, y, 0, SHAPE)
     for row in tl.static_range(TY):
-        tl.store(ptr + row * pitch, rows[row], tile[3] & (y < tile[5] - row))
+        tl.store(ptr + row * pitch, rows[row], tile.own & (y < tile.H - row))
 
 
 @inline
-def _weight(ptr, tile):
-    """One number per channel."""
-    return tl.load(ptr + tile[1], tile[1] < tile[4], 0).to(tl.float32)
+def _channels(ptr, tile):
+    """One number per channel, broadcasts to [P]."""
+    return tl.load(ptr + tile.n, tile.n < tile.N, 0).to(tl.float32)
 
 
 @inline
-def _fill(acc, value, ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """acc and ROWS more tensors that hold a value."""
-    value += tl.full((SHAPE[2], SHAPE[3]) if SHAPE[0] else (SHAPE[3], SHAPE[2]), 0, tl.float32)
+def _rows(value, ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """Rows [ROWS][P] that hold a value."""
+    value += tl.full((SHAPE.TX, SHAPE.TC) if SHAPE.channels_last else (SHAPE.TC, SHAPE.TX), 0, tl.float32)
+    rows = ()
     for _ in tl.static_range(ROWS):
-        acc += (value,)
-    return acc
+        rows += (value,)
+    return rows
 
 
 @inline
-def _taps(acc, rows, w, step, hop, tile, OUTS: tl.constexpr, ROWS: tl.constexpr):
-    """acc, OUTS times ROWS tensors, plus a column of taps over ROWS + 2 rows.
+def _zeros(OUTS: tl.constexpr, ROWS: tl.constexpr, SHAPE: tl.constexpr):
+    """Zeros [OUTS][ROWS][P]."""
+    outs = ()
+    for _ in tl.static_range(OUTS):
+        outs += (_rows(0.0, ROWS, SHAPE),)
+    return outs
+
+
+@inline
+def _tap(w, gate, half, t, N):
+    """Where tap t of a gate's half lies in the kernel w, [N]."""
+    return w + (gate * GATE + half * TAPS + t) * N
+
+
+@inline
+def _taps(acc, rows, w, tile, ROWS: tl.constexpr, hop, step=0):
+    """acc [OUTS][ROWS][P] plus a column of taps over rows [ROWS + 2][P].
 
     Output i has its first weight at w + i * step; the next tap lies hop further.
     """
+    OUTS: tl.constexpr = len(acc)
     more = ()
     for out in tl.static_range(OUTS):
         first = w + out * step
-        above, middle, below = _weight(first, tile), _weight(first + 3 * hop, tile), _weight(first + 6 * hop, tile)
+        above, middle = _channels(first, tile), _channels(first + DOWN * hop, tile)
+        below = _channels(first + 2 * DOWN * hop, tile)
+        sums = ()
         for row in tl.static_range(ROWS):
-            new = acc[out * ROWS + row] + above * rows[row]
-            more += (new + middle * rows[row + 1] + below * rows[row + 2],)
+            new = acc[out][row] + above * rows[row]
+            sums += (new + middle * rows[row + 1] + below * rows[row + 2],)
+        more += (sums,)
     return more
 
 
 @inline
-def _conv(acc, ptr, w, step, hop, tile, y, OUTS: tl.constexpr, ROWS: tl.constexpr, SHAPE: tl.constexpr):
-    """acc plus OUTS depthwise 3x3 convolutions of ptr; a hop of -N from the last tap goes from outputs to inputs."""
+def _conv(acc, ptr, w, tile, y, ROWS: tl.constexpr, SHAPE: tl.constexpr, hop, step=0):
+    """acc [OUTS][ROWS][P] plus depthwise 3x3 convolutions of ptr.
+
+    Output i has its first weight at w + i * step; the next tap lies hop further, which is -N from the last tap on to go
+    from outputs to inputs.
+    """
     for dx in range(3):  # not unrolled: a third of the time to compile, and fewer registers for loads in flight
-        acc = _taps(acc, _load(ptr, tile, y - 1, dx - 1, ROWS + 2, SHAPE), w + dx * hop, step, hop, tile, OUTS, ROWS)
+        rows = _load(ptr, tile, y - 1, dx - 1, ROWS + 2, SHAPE)
+        acc = _taps(acc, rows, w + dx * hop, tile, ROWS, hop, step)
     return acc
 
 
@@ -171,50 +233,52 @@ def _tanh(x):
 
 @inline
 def _gates(x, h, w, b, tile, y, GATES: tl.constexpr, SHAPE: tl.constexpr):
-    """Pre-activations of all gates, TY rows of each."""
-    N = tile[4]
-    TY: tl.constexpr = SHAPE[1]
+    """Pre-activations of all gates, [GATES][TY][P]."""
+    N = tile.N
+    TY: tl.constexpr = SHAPE.TY
     acc = ()
     for gate in tl.static_range(GATES):
-        acc = _fill(acc, _weight(b + gate * N, tile), TY, SHAPE)
-    acc = _conv(acc, x, w, 18 * N, N, tile, y, GATES, TY, SHAPE)
+        acc += (_rows(_channels(b + gate * N, tile), TY, SHAPE),)
+    acc = _conv(acc, x, _tap(w, 0, X_HALF, FIRST, N), tile, y, TY, SHAPE, hop=N, step=GATE * N)
     if h is not None:
-        acc = _conv(acc, h, w + 9 * N, 18 * N, N, tile, y, GATES, TY, SHAPE)
+        acc = _conv(acc, h, _tap(w, 0, H_HALF, FIRST, N), tile, y, TY, SHAPE, hop=N, step=GATE * N)
     return acc
 
 
 @inline
 def _gru(x, h, w, b, tile, y, SHAPE: tl.constexpr):
-    """z, r, n and h of TY rows; without a state r and h are empty."""
-    N = tile[4]
-    LAST: tl.constexpr = SHAPE[0]
-    TY: tl.constexpr = SHAPE[1]
-    TX: tl.constexpr = SHAPE[2]
-    TC: tl.constexpr = SHAPE[3]
-    acc = _fill(_fill((), _weight(b, tile), TY, SHAPE), _weight(b + 2 * N, tile), TY, SHAPE)
-    acc = _conv(acc, x, w, 36 * N, N, tile, y, 2, TY, SHAPE)
-    z, n, r, hs = acc[:TY], acc[TY:], (), ()
+    """z, r, n and h, [TY][P] each; without a state r and h are empty."""
+    N = tile.N
+    TY: tl.constexpr = SHAPE.TY
+    axis: tl.constexpr = 0 if SHAPE.channels_last else 1
+    acc = (_rows(_channels(b + UPDATE * N, tile), TY, SHAPE), _rows(_channels(b + CANDIDATE * N, tile), TY, SHAPE))
+    acc = _conv(
+        acc, x, _tap(w, UPDATE, X_HALF, FIRST, N), tile, y, TY, SHAPE, hop=N, step=(CANDIDATE - UPDATE) * GATE * N
+    )
+    z, n = acc
+    r, hs = (), ()
     if h is not None:
-        z = _conv(z, h, w + 9 * N, 0, N, tile, y, 1, TY, SHAPE)
-        pre = _fill((), _weight(b + N, tile), TY + 2, SHAPE)
-        pre = _conv(pre, x, w + 18 * N, 0, N, tile, y - 1, 1, TY + 2, SHAPE)
-        pre = _conv(pre, h, w + 27 * N, 0, N, tile, y - 1, 1, TY + 2, SHAPE)
+        (z,) = _conv((z,), h, _tap(w, UPDATE, H_HALF, FIRST, N), tile, y, TY, SHAPE, hop=N)
+        pre = (_rows(_channels(b + RESET * N, tile), TY + 2, SHAPE),)
+        pre = _conv(pre, x, _tap(w, RESET, X_HALF, FIRST, N), tile, y - 1, TY + 2, SHAPE, hop=N)
+        (pre,) = _conv(pre, h, _tap(w, RESET, H_HALF, FIRST, N), tile, y - 1, TY + 2, SHAPE, hop=N)
         hs = _load(h, tile, y - 1, 0, TY + 2, SHAPE)
-        rh = ()
+        rh = ()  # [TY + 2][P]
         for row in tl.static_range(TY + 2):
             r += (_sigmoid(pre[row]),)
-            rh += (r[row] * hs[row],)
+            inside = (y > -row) & (y <= tile.H - row)  # r may be NaN outside the map, where h is zero
+            rh += (tl.where(inside, r[row] * hs[row], 0.0),)
         r, hs = r[1 : TY + 1], hs[1 : TY + 1]
-        n = _taps(n, rh, w + 46 * N, 0, N, tile, 1, TY)
-        lane = tl.arange(0, TX)[:, None] if LAST else tl.arange(0, TX)[None, :]
+        acc = _taps((n,), rh, _tap(w, CANDIDATE, H_HALF, FIRST + 1, N), tile, TY, hop=N)
         for dx in tl.static_range(0, 3, 2):
-            px = tile[2] + dx - 1
-            index = tl.minimum(tl.maximum(lane + dx - 1, 0), TX - 1)
-            index = tl.broadcast_to(index, (TX, TC) if LAST else (TC, TX))
-            near = ()
+            px = tile.px + dx - 1
+            index = tl.minimum(tl.maximum(_lane(SHAPE) + dx - 1, 0), SHAPE.TX - 1)
+            index = tl.broadcast_to(index, (SHAPE.TX, SHAPE.TC) if SHAPE.channels_last else (SHAPE.TC, SHAPE.TX))
+            near = ()  # [TY + 2][P], the column before or after
             for row in tl.static_range(TY + 2):
-                near += (tl.where((px >= 0) & (px < tile[6]), tl.gather(rh[row], index, 0 if LAST else 1), 0.0),)
-            n = _taps(n, near, w + (45 + dx) * N, 0, N, tile, 1, TY)
+                near += (tl.where((px >= 0) & (px < tile.W), tl.gather(rh[row], index, axis), 0.0),)
+            acc = _taps(acc, near, _tap(w, CANDIDATE, H_HALF, FIRST + dx, N), tile, TY, hop=N)
+        (n,) = acc
     z_, n_ = (), ()
     for row in tl.static_range(TY):
         z_ += (_sigmoid(z[row]),)
@@ -225,26 +289,25 @@ def _gru(x, h, w, b, tile, y, SHAPE: tl.constexpr):
 @jit
 def forward_kernel(x, h, c, w, b, h_out, c_out, N, H, W, GATES: tl.constexpr, SHAPE: tl.constexpr):
     """h' and c' of a tile."""
-    TY: tl.constexpr = SHAPE[1]
+    TY: tl.constexpr = SHAPE.TY
     tile, y = _program(N, H, W, SHAPE)
-    new_h, new_c = (), ()
+    new_h, new_c = (), ()  # [TY][P]
     if GATES == 3:
         z, r, n, hs = _gru(x, h, w, b, tile, y, SHAPE)
         for row in tl.static_range(TY):
             new_h += (z[row] * n[row] if h is None else hs[row] + z[row] * (n[row] - hs[row]),)
-    else:
-        pre = _gates(x, h, w, b, tile, y, GATES, SHAPE)
-        if c is not None:
-            old = _load(c, tile, y, 0, TY, SHAPE)
+    elif GATES == 1:
+        (n,) = _gates(x, h, w, b, tile, y, GATES, SHAPE)
         for row in tl.static_range(TY):
-            if GATES == 1:
-                new_h += (_tanh(pre[row]),)
-            else:
-                cell = _sigmoid(pre[row]) * _tanh(pre[3 * TY + row])
-                if c is not None:
-                    cell += _sigmoid(pre[TY + row]) * old[row]
-                new_c += (cell,)
-                new_h += (_sigmoid(pre[2 * TY + row]) * _tanh(cell),)
+            new_h += (_tanh(n[row]),)
+    else:
+        i, f, o, g = _gates(x, h, w, b, tile, y, GATES, SHAPE)
+        old = _rows(0.0, TY, SHAPE) if c is None else _load(c, tile, y, 0, TY, SHAPE)
+        for row in tl.static_range(TY):
+            cell = _sigmoid(i[row]) * _tanh(g[row])
+            cell += _sigmoid(f[row]) * old[row]  # of a zero c too: a NaN in f must show
+            new_c += (cell,)
+            new_h += (_sigmoid(o[row]) * _tanh(cell),)
     _store(h_out, new_h, tile, y, SHAPE)
     if GATES == 4:
         _store(c_out, new_c, tile, y, SHAPE)
@@ -259,12 +322,12 @@ def _plane(planes, i, size):
 def gates_kernel(x, h, c, w, b, dh_out, dc_out, planes, dc, size, N, H, W, GATES: tl.constexpr, SHAPE: tl.constexpr):
     """Gradients of the pre-activations into the first GATES planes of `size` elements, and dc.
 
-    The GRU's reset gate waits for its neighbours in `reset_kernel`; z and r go to planes 3 and 4.
+    The GRU's reset gate waits for its neighbours in `reset_kernel`; z and r go to planes of their own.
     """
-    TY: tl.constexpr = SHAPE[1]
+    TY: tl.constexpr = SHAPE.TY
     tile, y = _program(N, H, W, SHAPE)
-    dh = _fill((), 0.0, TY, SHAPE) if dh_out is None else _load(dh_out, tile, y, 0, TY, SHAPE)
-    d0, d1, d2, d3, dold = (), (), (), (), ()
+    dh = _rows(0.0, TY, SHAPE) if dh_out is None else _load(dh_out, tile, y, 0, TY, SHAPE)
+    d0, d1, d2, d3, dold = (), (), (), (), ()  # [TY][P], in the order of the gates
     if GATES == 3:
         z, r, n, hs = _gru(x, h, w, b, tile, y, SHAPE)
         for row in tl.static_range(TY):
@@ -272,119 +335,129 @@ def gates_kernel(x, h, c, w, b, dh_out, dc_out, planes, dc, size, N, H, W, GATES
             d1 += (z[row] * 0,)
             d2 += (dh[row] * z[row] * (1 - n[row] * n[row]),)
         if h is None:
-            _store(_plane(planes, 1, size), d1, tile, y, SHAPE)
+            _store(_plane(planes, RESET, size), d1, tile, y, SHAPE)
         else:
-            _store(_plane(planes, 3, size), z, tile, y, SHAPE)
-            _store(_plane(planes, 4, size), r, tile, y, SHAPE)
-        _store(_plane(planes, 2, size), d2, tile, y, SHAPE)
-    else:
-        pre = _gates(x, h, w, b, tile, y, GATES, SHAPE)
-        if GATES == 4:
-            old = _fill((), 0.0, TY, SHAPE) if c is None else _load(c, tile, y, 0, TY, SHAPE)
-            dnew = _fill((), 0.0, TY, SHAPE) if dc_out is None else _load(dc_out, tile, y, 0, TY, SHAPE)
+            _store(_plane(planes, Z_PLANE, size), z, tile, y, SHAPE)
+            _store(_plane(planes, R_PLANE, size), r, tile, y, SHAPE)
+        _store(_plane(planes, CANDIDATE, size), d2, tile, y, SHAPE)
+    elif GATES == 1:
+        (pre,) = _gates(x, h, w, b, tile, y, GATES, SHAPE)
         for row in tl.static_range(TY):
-            if GATES == 1:
-                new = _tanh(pre[row])
-                d0 += (dh[row] * (1 - new * new),)
-            else:
-                i, f = _sigmoid(pre[row]), _sigmoid(pre[TY + row])
-                o, g = _sigmoid(pre[2 * TY + row]), _tanh(pre[3 * TY + row])
-                squashed = _tanh(f * old[row] + i * g)
-                grad = dnew[row] + dh[row] * o * (1 - squashed * squashed)
-                d0 += (grad * g * i * (1 - i),)
-                d1 += (grad * old[row] * f * (1 - f),)
-                d2 += (dh[row] * squashed * o * (1 - o),)
-                d3 += (grad * i * (1 - g * g),)
-                dold += (grad * f,)
-        if GATES == 4:
-            _store(_plane(planes, 1, size), d1, tile, y, SHAPE)
-            _store(_plane(planes, 2, size), d2, tile, y, SHAPE)
-            _store(_plane(planes, 3, size), d3, tile, y, SHAPE)
-            if c is not None:
-                _store(dc, dold, tile, y, SHAPE)
+            new = _tanh(pre[row])
+            d0 += (dh[row] * (1 - new * new),)
+    else:
+        pre_i, pre_f, pre_o, pre_g = _gates(x, h, w, b, tile, y, GATES, SHAPE)
+        old = _rows(0.0, TY, SHAPE) if c is None else _load(c, tile, y, 0, TY, SHAPE)
+        dnew = _rows(0.0, TY, SHAPE) if dc_out is None else _load(dc_out, tile, y, 0, TY, SHAPE)
+        for row in tl.static_range(TY):
+            i, f, o, g = _sigmoid(pre_i[row]), _sigmoid(pre_f[row]), _sigmoid(pre_o[row]), _tanh(pre_g[row])
+            squashed = _tanh(f * old[row] + i * g)
+            grad = dnew[row] + dh[row] * o * (1 - squashed * squashed)
+            d0 += (grad * g * i * (1 - i),)
+            d1 += (grad * old[row] * f * (1 - f),)
+            d2 += (dh[row] * squashed * o * (1 - o),)
+            d3 += (grad * i * (1 - g * g),)
+            dold += (grad * f,)
+        _store(_plane(planes, FORGET, size), d1, tile, y, SHAPE)
+        _store(_plane(planes, OUTPUT, size), d2, tile, y, SHAPE)
+        _store(_plane(planes, CONTENT, size), d3, tile, y, SHAPE)
+        if c is not None:
+            _store(dc, dold, tile, y, SHAPE)
     _store(planes, d0, tile, y, SHAPE)
 
 
 @jit
 def reset_kernel(h, w, planes, size, N, H, W, SHAPE: tl.constexpr):
-    """The GRU's plane 1, the gradient of the reset gate, from that of the candidate."""
-    TY: tl.constexpr = SHAPE[1]
+    """The plane of the GRU's reset gate, from that of the candidate."""
+    TY: tl.constexpr = SHAPE.TY
     tile, y = _program(N, H, W, SHAPE)
-    drh = _conv(_fill((), 0.0, TY, SHAPE), _plane(planes, 2, size), w + 53 * N, 0, -N, tile, y, 1, TY, SHAPE)
+    dn, back = _plane(planes, CANDIDATE, size), _tap(w, CANDIDATE, H_HALF, LAST, N)
+    (drh,) = _conv(_zeros(1, TY, SHAPE), dn, back, tile, y, TY, SHAPE, hop=-N)
     hs = _load(h, tile, y, 0, TY, SHAPE)
-    r = _load(_plane(planes, 4, size), tile, y, 0, TY, SHAPE)
-    grads = ()
+    r = _load(_plane(planes, R_PLANE, size), tile, y, 0, TY, SHAPE)
+    grads = ()  # [TY][P]
     for row in tl.static_range(TY):
         grads += (drh[row] * hs[row] * r[row] * (1 - r[row]),)
-    _store(_plane(planes, 1, size), grads, tile, y, SHAPE)
+    _store(_plane(planes, RESET, size), grads, tile, y, SHAPE)
 
 
 @jit
 def inputs_kernel(w, planes, dh_out, dx, dh, size, N, H, W, GATES: tl.constexpr, SHAPE: tl.constexpr):
     """dx and dh of a tile from the planes."""
-    TY: tl.constexpr = SHAPE[1]
-    OUTS: tl.constexpr = 1 if dh is None else 2
+    TY: tl.constexpr = SHAPE.TY
     tile, y = _program(N, H, W, SHAPE)
-    acc = _fill((), 0.0, OUTS * TY, SHAPE)
-    if GATES == 3 and dh is not None:
-        acc = _conv(acc, _plane(planes, 2, size), w + 44 * N, 9 * N, -N, tile, y, OUTS, TY, SHAPE)
-        z = _load(_plane(planes, 3, size), tile, y, 0, TY, SHAPE)
-        r = _load(_plane(planes, 4, size), tile, y, 0, TY, SHAPE)
+    acc = _zeros(1 if dh is None else 2, TY, SHAPE)  # [x or h][TY][P]
+    through_reset: tl.constexpr = GATES == 3 and dh is not None
+    if through_reset:  # the candidate's gradient goes first, which is that of r * h
+        dn = _plane(planes, CANDIDATE, size)
+        acc = _conv(acc, dn, _tap(w, CANDIDATE, X_HALF, LAST, N), tile, y, TY, SHAPE, hop=-N, step=TAPS * N)
+        z = _load(_plane(planes, Z_PLANE, size), tile, y, 0, TY, SHAPE)
+        r = _load(_plane(planes, R_PLANE, size), tile, y, 0, TY, SHAPE)
         grad = _load(dh_out, tile, y, 0, TY, SHAPE)
-        more = acc[:TY]
+        dhs = ()
         for row in tl.static_range(TY):
-            more += (acc[TY + row] * r[row] + grad[row] * (1 - z[row]),)
-        acc = more
-    for gate in range(2 if GATES == 3 and dh is not None else GATES):
-        acc = _conv(acc, _plane(planes, gate, size), w + (gate * 18 + 8) * N, 9 * N, -N, tile, y, OUTS, TY, SHAPE)
-    _store(dx, acc[:TY], tile, y, SHAPE)
+            dhs += (acc[1][row] * r[row] + grad[row] * (1 - z[row]),)
+        acc = (acc[0], dhs)
+    for gate in range(CANDIDATE if through_reset else GATES):
+        acc = _conv(
+            acc, _plane(planes, gate, size), _tap(w, gate, X_HALF, LAST, N), tile, y, TY, SHAPE, hop=-N, step=TAPS * N
+        )
+    _store(dx, acc[0], tile, y, SHAPE)
     if dh is not None:
-        _store(dh, acc[TY:], tile, y, SHAPE)
+        _store(dh, acc[1], tile, y, SHAPE)
 
 
 @jit
 def weights_kernel(x, h, planes, partial, items, chunk, size, N, H, W, GATES: tl.constexpr, SHAPE: tl.constexpr):
-    """One gate's gradients of kernel and bias, summed over `chunk` strips, into partial (chunks, GATES, 19, N)."""
-    LAST: tl.constexpr = SHAPE[0]
-    TY: tl.constexpr = SHAPE[1]
-    TC: tl.constexpr = SHAPE[3]
+    """One gate's gradients of kernel and bias, summed over `chunk` strips, into partial [chunks, GATES, 19, N]."""
+    TY: tl.constexpr = SHAPE.TY
     SOURCES: tl.constexpr = 1 if h is None else 2
     gate, program = tl.program_id(0) % GATES, tl.program_id(0) // GATES  # gates side by side share x and h in cache
-    blocks = _blocks(N, TC)
+    blocks = _blocks(N, SHAPE.TC)
     block, first = program % blocks, program // blocks * chunk
-    acc = _fill((), 0.0, 9 * SOURCES + 1, SHAPE)
+    taps = _zeros(3, SOURCES, SHAPE), _zeros(3, SOURCES, SHAPE), _zeros(3, SOURCES, SHAPE)  # [column][row][x or h][P]
+    (bias,) = _rows(0.0, 1, SHAPE)
     item, end = first, tl.minimum(first + chunk, items)
     while item < end:  # not a range: with NumPy 2.4 the interpreter of Triton 3.6 has none of tensors
         tile, y = _tile(item, block, N, H, W, SHAPE)
-        sources = _load(x, tile, y, 0, TY, SHAPE)
+        sources = (_load(x, tile, y, 0, TY, SHAPE),)  # [SOURCES][TY][P]
         if h is not None:
             hs = _load(h, tile, y, 0, TY, SHAPE)
             if GATES == 3:  # the candidate reads r * h
-                r = _load(_plane(planes, 4, size), tile, y, 0, TY, SHAPE)
+                r = _load(_plane(planes, R_PLANE, size), tile, y, 0, TY, SHAPE)
+                rh = ()
                 for row in tl.static_range(TY):
-                    sources += (tl.where(gate == 2, r[row], 1.0) * hs[row],)
+                    rh += (tl.where(gate == CANDIDATE, r[row], 1.0) * hs[row],)
+                sources += (rh,)
             else:
-                sources += hs
-        more, bias = (), acc[9 * SOURCES]
+                sources += (hs,)
+        more = ()
         for dx in tl.static_range(3):
-            rows = _load(_plane(planes, gate, size), tile, y - 1, 1 - dx, TY + 2, SHAPE)
+            grads = _load(_plane(planes, gate, size), tile, y - 1, 1 - dx, TY + 2, SHAPE)
+            column = ()
             for dy in tl.static_range(3):
+                sums = ()
                 for source in tl.static_range(SOURCES):
-                    total = acc[(dx * 3 + dy) * SOURCES + source]
+                    total = taps[dx][dy][source]
                     for row in tl.static_range(TY):
-                        total += sources[source * TY + row] * rows[row + 2 - dy]
-                    more += (total,)
+                        total += sources[source][row] * grads[row + 2 - dy]
+                    sums += (total,)
+                column += (sums,)
+            more += (column,)
             if dx == 1:
                 for row in tl.static_range(TY):
-                    bias += rows[row + 1]
-        acc = more + (bias,)
+                    bias += grads[row + 1]
+        taps = more
         item += 1
-    n = block * TC + tl.arange(0, TC)
-    out = partial + (first // chunk * GATES + gate).to(tl.int64) * 19 * N + n
-    for i in tl.static_range(9 * SOURCES):
-        slot = i % SOURCES * 9 + i // SOURCES % 3 * 3 + i // SOURCES // 3
-        tl.store(out + slot * N, tl.sum(acc[i], 0 if LAST else 1), n < N)
-    tl.store(out + 18 * N, tl.sum(acc[9 * SOURCES], 0 if LAST else 1), n < N)
+    axis: tl.constexpr = 0 if SHAPE.channels_last else 1
+    n = block * SHAPE.TC + tl.arange(0, SHAPE.TC)
+    out = partial + (first // chunk * GATES + gate).to(tl.int64) * (GATE + 1) * N + n
+    for dx in tl.static_range(3):
+        for dy in tl.static_range(3):
+            for source in tl.static_range(SOURCES):
+                total = tl.sum(taps[dx][dy][source], axis)  # [TC]
+                tl.store(_tap(out, 0, source, dy * DOWN + dx, N), total, n < N)
+    tl.store(out + GATE * N, tl.sum(bias, axis), n < N)
 
 
 def _format(x: Tensor) -> torch.memory_format:
@@ -402,34 +475,37 @@ def _power(size: int, most: int) -> int:
     return min(1 << (size - 1).bit_length(), most)
 
 
-def _shape(x: Tensor, ring: bool) -> Tuple[Tuple[int, ...], int]:
-    """SHAPE of the tiles, and the warps of a program: 16 elements per thread, as many as registers hold gates for.
+def _shape(x: Tensor, ring: bool) -> Tuple[Shape, int]:
+    """Shape of the tiles, and the warps of a program: 16 elements per thread, as many as registers hold gates for.
 
     In channels_last a thread takes neighbouring channels, in NCHW a warp takes two rows of 64 pixels or packs planes.
     A map that is no wider than its tile has no ring.
     """
     _, n, height, width = x.shape
-    last, rows = _format(x) == CL, _power(height, 4)
+    channels_last, rows = _format(x) == CL, _power(height, 4)
     channels = _power(n, 32 if ring else 64)
-    columns = _power(width, 512 // channels if last else 64)
-    if not last:
+    columns = _power(width, 512 // channels if channels_last else 64)
+    if not channels_last:
         channels = _power(n, 512 // rows // columns)
-    return (last, rows, columns, channels, int(ring and width > columns)), max(1, rows * columns * channels // 512)
+    shape = Shape(channels_last, TY=rows, TX=columns, TC=channels, ring=int(ring and width > columns))
+    return shape, max(1, rows * columns * channels // 512)
 
 
-def _items(x: Tensor, shape: Tuple[int, ...]) -> int:
+def _items(x: Tensor, shape: Shape) -> int:
     """Strips of all images."""
-    _, rows, columns, _, ring = shape
-    return x.shape[0] * triton.cdiv(x.shape[2], rows) * triton.cdiv(x.shape[3], columns - 2 * ring)
+    columns = shape.TX - 2 * shape.ring
+    return x.shape[0] * triton.cdiv(x.shape[2], shape.TY) * triton.cdiv(x.shape[3], columns)
 
 
-def _launch(kernel, x: Tensor, *args, ring: bool = False, **constants) -> None:
-    """Run a kernel with a program per tile of x; args are the kernel's until N, H and W."""
-    shape, warps = _shape(x, ring)
-    programs = _items(x, shape) * triton.cdiv(x.shape[1], shape[3])
+def _launch(kernel, like, ring=False, programs=None, **args) -> None:
+    """Run a kernel on maps like those of a tensor, by default with a program per tile."""
+    _, N, H, W = like.shape
+    shape, warps = _shape(like, ring)
+    if programs is None:
+        programs = _items(like, shape) * triton.cdiv(N, shape.TC)
     if programs:
-        with torch.cuda.device_of(x):
-            kernel[(programs,)](*args, *x.shape[1:], **constants, SHAPE=shape, num_warps=warps, enable_fp_fusion=True)
+        with torch.cuda.device_of(like):
+            kernel[(programs,)](**args, N=N, H=H, W=W, SHAPE=shape, num_warps=warps, enable_fp_fusion=True)
 
 
 def unavailable() -> str:
@@ -473,7 +549,8 @@ def forward(
     outs = [empty(x) for _ in range(1 + (cell == 'conv_lstm'))]
     gates, gru = GATES[cell], cell == 'conv_gru'
     x, w, h, c = _laid_out(x, weight, h, c)
-    _launch(forward_kernel, x, x, h, c, w, bias.contiguous(), outs[0], outs[-1], ring=gru, GATES=gates)
+    step = dict(x=x, h=h, c=c, w=w, b=bias.contiguous(), GATES=gates)
+    _launch(forward_kernel, like=x, ring=gru, **step, h_out=outs[0], c_out=outs[-1])
     return [affine_relu(outs[0], scale, shift), *outs[1:]]
 
 
@@ -492,23 +569,21 @@ def backward(
     gates, gru = GATES[cell], cell == 'conv_gru'
     dx, dh, dc = (None if t is None else empty(x) for t in (x, h, c))
     x, w, h, c, dh_out, dc_out = _laid_out(x, weight, h, c, dh_out, dc_out)
-    planes, size, n = x.new_empty((gates + 2 * gru) * x.numel()), x.numel(), x.shape[1]
-    _launch(gates_kernel, x, x, h, c, w, bias.contiguous(), dh_out, dc_out, planes, dc, size, ring=gru, GATES=gates)
+    planes, size, N = x.new_empty((gates + 2 * gru) * x.numel()), x.numel(), x.shape[1]
+    step, kept = dict(x=x, h=h, c=c, w=w, b=bias.contiguous(), GATES=gates), dict(planes=planes, size=size)
+    _launch(gates_kernel, like=x, ring=gru, **step, **kept, dh_out=dh_out, dc_out=dc_out, dc=dc)
     if gru and h is not None:
-        _launch(reset_kernel, x, h, w, planes, size)
-    _launch(inputs_kernel, x, w, planes, dh_out, dx, dh, size, GATES=gates)
+        _launch(reset_kernel, like=x, **kept, h=h, w=w)
+    _launch(inputs_kernel, like=x, **kept, w=w, dh_out=dh_out, dx=dx, dh=dh, GATES=gates)
 
     shape, warps = _shape(x, False)
-    items, blocks = _items(x, shape), triton.cdiv(n, shape[3])
+    items, blocks = _items(x, shape), triton.cdiv(N, shape.TC)
     chunk = max(1, triton.cdiv(items * blocks * gates * warps, WARPS))
-    partial = x.new_zeros(triton.cdiv(items, chunk), gates, 19, n, dtype=torch.float32)
-    if items:
-        with torch.cuda.device_of(x):
-            weights_kernel[(len(partial) * blocks * gates,)](
-                *(x, h, planes, partial, items, chunk, size, *x.shape[1:]),
-                **{'GATES': gates, 'SHAPE': shape, 'num_warps': warps, 'enable_fp_fusion': True},
-            )
-    total = partial.sum(0)
-    dweight = total[:, :18].mT.reshape(weight.shape).to(weight.dtype)
-    dbias = total[:, 18].to(bias.dtype, copy=True)
+    chunks, taps = triton.cdiv(items, chunk), weight[0, 0].numel()
+    partial = x.new_zeros(chunks, gates, taps + 1, N, dtype=torch.float32)
+    sums = dict(partial=partial, items=items, chunk=chunk)
+    _launch(weights_kernel, like=x, programs=chunks * blocks * gates, **kept, **sums, x=x, h=h, GATES=gates)
+    dweight, dbias = partial.sum(0).split((taps, 1), 1)  # [GATES, 18, N], [GATES, 1, N]
+    dweight = dweight.mT.reshape(weight.shape).to(weight.dtype)
+    dbias = dbias[:, 0].to(bias.dtype, copy=True)
     return [grad for grad in (dx, dweight, dbias, dh, dc) if grad is not None]
