@@ -16,7 +16,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm_regnet_rnn.training.recipe import check_recipe, load_recipe, train_options
 
 FOLDER = Path(__file__).parent.parent / 'train_recipes'
-RECIPES = sorted(FOLDER.rglob('*.yaml'))
+RECIPES = sorted(path for path in FOLDER.rglob('*.yaml') if path.parent.name != 'studies')
 OPTIONS = json.loads((FOLDER / 'options.json').read_text(encoding='utf-8'))['options']
 # What train.py assumes where a recipe is silent, as far as the tests below depend on it.
 DEFAULTS = dict(
