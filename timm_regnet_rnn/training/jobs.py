@@ -287,20 +287,18 @@ def stop(runs: Sequence[Run]) -> None:
 
 
 def board(runs: Sequence[Run]) -> Group:
-    """The table on a terminal: what is or was at work; the rest as numbers."""
+    """What a terminal shows: numbers of all, and the runs that are or were at work, in the order of interest."""
     count = {state: sum(run.state == state for run in runs) for state in ('there', 'done', 'failed', 'running')}
     waiting = len(runs) - sum(count.values())
-    caption = f'{count["there"] + count["done"]} of {len(runs)} done, {count["running"]} running, {waiting} waiting'
-    caption += f', {count["failed"]} failed' if count['failed'] else ''
+    words = f'{count["there"] + count["done"]} of {len(runs)} done, {count["running"]} running, {waiting} waiting'
+    words += f', {count["failed"]} failed' if count['failed'] else ''
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style='bold')
     table.add_column('run', overflow='fold')
     for title in ('epoch', 'top-1', 'time left'):
         table.add_column(title, justify='right', no_wrap=True)
-    colours = dict(done='green', failed='red')
-    for run in runs:
-        if run.state in ('running', 'done', 'failed'):
+    for state, colour in (('running', ''), ('failed', 'red'), ('done', 'green')):
+        for run in (run for run in runs if run.state == state):
             top1 = '' if run.top1 is None else f'{run.top1:.2f}'
-            left = run.time_left() if run.state == 'running' else run.state
-            name = Text(run.plan.name, style=colours.get(run.state, ''))
-            table.add_row(name, f'{run.epoch}/{run.plan.epochs}', top1, left)
-    return Group(table, Text(caption))
+            left = run.time_left() if state == 'running' else state
+            table.add_row(Text(run.plan.name, style=colour), f'{run.epoch}/{run.plan.epochs}', top1, left)
+    return Group(Text(words), table)
