@@ -406,6 +406,38 @@ def test_the_rows_of_cpu_tiny100_are_there(capsys, recorded, folders):
     assert out.count('there    ') == len(plain) >= 14
 
 
+def test_any_model_and_recipe_has_its_table(capsys, recorded, argv, tmp_path):
+    """A recipe of somebody's own, and a net of timm's that is neither a RegNet nor its ResNet."""
+    shutil.copy(ROOT / 'train_recipes' / 'cifar_short.yaml', tmp_path / 'mine.yaml')
+    words = argv(
+        recipe=str(tmp_path / 'mine.yaml'),
+        models=['densenet121'],
+        overrides=dict(epochs=2, batch_size=4, workers=0, warmup_epochs=0, input_size=[3, 64, 64]),
+    )
+    out = call(capsys, *words, '--dry-run')[1]
+    name = 'densenet121-mine-data-e2-batch-size-4-input-size-3-64-64-warmup-epochs-0-s7'
+    assert f'to run   {name}\n' in out
+    (tmp_path / 'out' / name).mkdir(parents=True)
+    with FileLock(tmp_path / 'out' / name / '.lock'):
+        assert f'at work  {name}\n' in call(capsys, *words, '--dry-run')[1]
+    overrides = '--batch-size 4 --epochs 2 --input-size 3 64 64 --warmup-epochs 0'
+    row = dict(run=name, date='2026-01-02', model='densenet121', model_kwargs='', recipe='mine', overrides=overrides)
+    row.update(dataset='data', seed=7, epochs=2, params=9, macs=9, top1=50.0, top5=60.0, weights='last', best_epoch=1)
+    row.update(best_top1=70.0, images_per_s='', processes=1, device='', versions='', commit='')
+    with open(tmp_path / 'results.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, results.COLUMNS)
+        writer.writeheader()
+        writer.writerow(row)
+    status, out, err = call(capsys, *words)
+    assert status == 1 and err.startswith('timm-regnet-rnn: no tables: ') and name in err and err.count('\n') == 1
+    (tmp_path / 'curves').mkdir()
+    lines = [','.join(results.CURVE), '1,0.1,2,1,40,60', '2,0.1,2,1,50,60']
+    (tmp_path / 'curves' / f'{name}.csv').write_text('\n'.join(lines))
+    status, out, err = call(capsys, *words)
+    assert status == 0 and '| `densenet121` | 0.000 | 0.000 | 50.00 | 60.00 | | n = 1: 7 |' in out, err
+    assert out.startswith('**data.** `mine`: 2 epochs, `--batch-size 4')
+
+
 def planned(device='cpu', size=(3, 32, 32), workers=4, nproc=1, epochs=10):
     """A run with as much of a plan as its surroundings ask for."""
     settings = dict(device=device, input_size=size, workers=workers)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from .. import results
-from ..errors import UsageError, report
+from ..errors import UsageError, one_line, report
 from .data import check_data
 from .jobs import PROG, Run, make_executor, read_rows, work
 from .recipe import check_recipe, find_yaml, load_yaml, train_options
@@ -219,7 +219,8 @@ def describe(run: Run) -> str:
     if run.state == 'there':
         return f'there    {run.plan.name}: top-1 {run.top1:.2f} %'
     _, done = newest_checkpoint(run.plan.folder)
-    return f'to run   {run.plan.name}' + (f' ({done} of {run.plan.epochs} epochs done)' if done else '')
+    epochs = f' ({done} of {run.plan.epochs} epochs done)' if done else ''
+    return f'{"at work  " if run.locked() else "to run   "}{run.plan.name}{epochs}'
 
 
 def tables(runs: Sequence[Run], files: Sequence[Path]) -> str:
@@ -266,7 +267,7 @@ def study(
         dry_run: Say what is there and what is to run, and stop.
 
     Returns:
-        Exit status: 0, 1 if a run failed, 130 after Ctrl-C.
+        Exit status: 0, 1 if a run failed or there are no tables, 130 after Ctrl-C.
 
     Raises:
         ValueError: What was asked for cannot work; in one line.
@@ -308,11 +309,14 @@ def study(
             done = sum(run.state in ('there', 'done') for run in runs)
             report(PROG, f'stopped with {done} of {len(runs)} runs done; the same command goes on.')
             return 130
-    show(tables(runs, files))
-    failed = [run for run in runs if run.state == 'failed']
-    for run in failed:
-        report(PROG, f'{run.plan.name}: {run.why}')
-    return 1 if failed else 0
+    failures = [f'{run.plan.name}: {run.why}' for run in runs if run.state == 'failed']
+    try:
+        show(tables(runs, files))
+    except (OSError, ValueError) as e:
+        failures.append(f'no tables: {one_line(e)}')
+    for line in failures:
+        report(PROG, line)
+    return 1 if failures else 0
 
 
 def show(text: str) -> None:
