@@ -1,6 +1,7 @@
 import argparse
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm_regnet_rnn.training.recipe import check_recipe, load_recipe, train_options
 
 FOLDER = Path(__file__).parent.parent / 'train_recipes'
-RECIPES = sorted(FOLDER.rglob('*.yaml'))
+RECIPES = sorted(path for path in FOLDER.rglob('*.yaml') if path.parent.name != 'studies')
 OPTIONS = json.loads((FOLDER / 'options.json').read_text(encoding='utf-8'))['options']
 # What train.py assumes where a recipe is silent, as far as the tests below depend on it.
 DEFAULTS = dict(
@@ -148,6 +149,21 @@ def test_the_papers_crop_is_a_shift():
         assert np.array_equal(out, window[:, ::-1] if mirrored else window)
         seen.add((top, left, mirrored))
     assert seen == {(i, j, m) for i in range(9) for j in range(9) for m in (False, True)}
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda p: p.stem)
+def test_the_launch_lines_train_with_the_batch_of_the_recipe(recipe):
+    """It is that of all processes for `timm-regnet-rnn train`, that of one for train.py."""
+    text = recipe.read_text(encoding='utf-8').replace('\\\n#', '')
+    whole = yaml.safe_load(text)['batch_size']
+    lines = re.findall(r'(timm-regnet-rnn train .*|torchrun .*|python train.py .*)', text)
+    assert lines
+    for line in lines:
+        batch = re.search(r'--batch-size (\d+)', line)
+        if line.startswith('torchrun'):
+            assert int(batch[1]) * int(re.search(r'--nproc_per_node (\d+)', line)[1]) == whole
+        else:
+            assert batch is None
 
 
 @pytest.mark.parametrize('name, channels', [('cifar_paper', 3), ('cifar_modern', 3), ('fashion_mnist', 1)])

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import yaml
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -144,6 +146,28 @@ def test_two_processes(capsys, argv, tmp_path):
     assert rows(tmp_path / 'results.csv')[0]['processes'] == '2'
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_two_nodes_on_the_loopback(argv, tmp_path):
+    """Two commands, as on two machines that see one folder."""
+    words = [sys.executable, '-m', 'timm_regnet_rnn', *map(str, argv), '--epochs', '1', '--nnodes', '2']
+    words += ['--rdzv-endpoint', f'127.0.0.1:{free_port()}', '--node-rank']
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    nodes = [subprocess.Popen([*words, str(rank)], **pipes) for rank in (1, 0)]
+    (one, err1), (zero, err0) = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], err0 + err1
+    assert 'rank 1 of 2 starts at epoch 0' in one and 'node 1 of 2 is done; node 0 writes the row.' in one
+    assert 'rank 0 of 2 starts at epoch 0' in zero and 'top-1 50.00 %' in zero
+    (row,) = rows(tmp_path / 'results.csv')
+    assert row['processes'] == '2' and row['epochs'] == '1'
+    assert yaml.safe_load((tmp_path / 'run' / 'args.yaml').read_text())['batch_size'] == 2, 'a batch of 4 over both'
+    assert 'rank 1 of 2' in (tmp_path / 'run' / 'train.node1.log').read_text()
+
+
 def test_dry_run_prints_the_command(capsys, recorded, argv, tmp_path, monkeypatch):
     status, out, _ = call(capsys, *argv, '--dry-run')
     words = out.split()
@@ -156,6 +180,10 @@ def test_dry_run_prints_the_command(capsys, recorded, argv, tmp_path, monkeypatc
     assert '-m torch.distributed.run --standalone --nproc_per_node 2 -m timm_regnet_rnn run' in out
     assert '--batch-size 4 ' in out and out.index('--batch-size 2') > out.index('--batch-size 4'), 'the last one counts'
     assert '--device-modules timm_regnet_rnn timm_regnet_rnn.training.cpu_ddp' in out
+    nodes = ['--nnodes', '2', '--node-rank', '1', '--rdzv-endpoint', 'host:29400']
+    out = call(capsys, *argv, '--nproc', '2', *nodes, '--dry-run')[1]
+    assert '--nnodes 2 --node_rank 1 --rdzv_backend static --rdzv_endpoint host:29400 --nproc_per_node 2 -m' in out
+    assert '--batch-size 1 --device-modules' in out
     monkeypatch.chdir(tmp_path)
     where = argv.index('--output')
     out = call(capsys, *argv[:where], *argv[where + 2 :], '--dry-run')[1]
@@ -195,7 +223,10 @@ def nest(tmp_path):
             shutil.move(file, folder / ('indoor', 'outdoor')[i % 2])
 
 
-@pytest.mark.parametrize('text', [b'a,b\n1,2\n', 'ü,'.encode('latin-1'), b'run,date\n"', b'\0'])
+CUT = (','.join(results.COLUMNS) + '\nrun,2026-01-01,regnet_convlst').encode()
+
+
+@pytest.mark.parametrize('text', [CUT, b'a,b\n1,2\n', 'ü,'.encode('latin-1'), b'run,date\n"', b'\0'])
 def test_damaged_results_are_said_before_training(capsys, recorded, argv, tmp_path, text):
     (tmp_path / 'results.csv').write_bytes(text)
     assert 'results.csv' in refused(capsys, *argv)
@@ -309,6 +340,12 @@ BAD = {
     'curves no folder': (lambda t: (t / 'curves').write_text(''), 'is no folder'),
     'damaged prepared.json': (lambda t: (t / 'data/prepared.json').write_text('{'), 'does not say which data set'),
     'no process': (lambda t: ['--nproc', '0'], '--nproc must be at least 1'),
+    'no node': (lambda t: ['--nnodes', '0'], '--nnodes must be at least 1'),
+    'a node too many': (lambda t: ['--nnodes', '2', '--node-rank', '2'], '--node-rank must be from 0 to 1'),
+    'a node of one': (lambda t: ['--node-rank', '1'], '--node-rank must be from 0 to 0 with --nnodes 1'),
+    'nowhere to meet': (lambda t: ['--nnodes', '2'], '--nnodes needs --rdzv-endpoint HOST:PORT'),
+    'no port': (lambda t: ['--nnodes', '2', '--rdzv-endpoint', 'host'], "got 'host'"),
+    'batch for nodes': (lambda t: ['--nnodes', '3', '--rdzv-endpoint', 'host:1'], '3 cannot share it'),
     'repeated augmentation': (lambda t: ['--aug-repeats', '3'], 'over several processes only'),
     'no results folder': (lambda t: ['--results', t / 'none' / 'results.csv'], 'give a file by --results'),
 }
@@ -403,6 +440,18 @@ from timm_regnet_rnn.training.record import COLUMNS, append_row
 for i in range(10):
     append_row(Path(sys.argv[1]), dict.fromkeys(COLUMNS, 'x, "y"') | dict(run='same'), [])
 """
+
+
+@pytest.mark.parametrize('start, end', [('\ufeff', '\n'), ('', '')])
+def test_a_row_finds_its_columns(tmp_path, start, end):
+    """Behind a byte-order mark, in another order, beside a column of somebody's own, and without the last newline."""
+    header = ['note', *reversed(results.COLUMNS)]
+    text = f'{start}{",".join(header)}\n{",".join(["ü"] * len(header))}{end}'
+    (tmp_path / 'results.csv').write_text(text, encoding='utf-8')
+    record.append_row(tmp_path / 'results.csv', dict.fromkeys(results.COLUMNS, 'x') | dict(run='mine'), [])
+    first, second = results.read_csv(tmp_path / 'results.csv', header, dict)
+    assert set(first.values()) == {'ü'} and second == {**dict.fromkeys(header, 'x'), 'note': '', 'run': 'mine'}
+    assert (tmp_path / 'results.csv').read_text(encoding='utf-8').startswith(text)
 
 
 def test_rows_of_runs_that_end_together_are_all_there(tmp_path):

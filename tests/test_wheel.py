@@ -88,3 +88,5 @@ def test_train_by_a_name(command, tmp_path):
     assert 'top-1' in command(*args)
     assert (tmp_path / 'results.csv').is_file() and list((tmp_path / 'curves').iterdir())
     assert "Did you mean 'cifar_short'?" in command(*['train', 'cifar_shrt', *args[2:]], status=2)
+    assert "Did you mean 'cpu_tiny100'?" in command('study', 'cpu_tiny10', status=2)
+    assert "no data folder 'data/tiny_imagenet100_32'" in command('study', 'cpu_tiny100', status=2)

@@ -107,7 +107,7 @@ def cmd_run(args: argparse.Namespace) -> int:
 
 def cmd_train(args: argparse.Namespace) -> int:
     """Train a model by a recipe with timm's train.py."""
-    from .training import train
+    from .training import Nodes, train
 
     return train(
         args.recipe,
@@ -118,6 +118,25 @@ def cmd_train(args: argparse.Namespace) -> int:
         results=args.results,
         timm_dir=args.timm_dir,
         nproc=args.nproc,
+        nodes=Nodes(args.nnodes, args.node_rank, args.rdzv_endpoint),
+        dry_run=args.dry_run,
+    )
+
+
+def cmd_study(args: argparse.Namespace) -> int:
+    """Run what has no row yet of a study."""
+    from .training.study import study
+
+    return study(
+        args.study,
+        args.data_dir,
+        args.output,
+        args.results,
+        args.timm_dir,
+        args.device,
+        jobs=args.jobs,
+        executor=args.executor,
+        slurm=args.slurm,
         dry_run=args.dry_run,
     )
 
@@ -287,7 +306,33 @@ def make_parser() -> argparse.ArgumentParser:
         '--timm-dir', metavar='DIR', help="checkout of timm; default: $TIMM_DIR, or the installed one's tag"
     )
     sub.add_argument('--nproc', type=int, metavar='N', help='processes; default: one per visible GPU')
+    sub.add_argument('--nnodes', type=int, default=1, metavar='N', help='machines, each with a command of its own')
+    sub.add_argument('--node-rank', type=int, default=0, metavar='R', help='which of them this is; 0 writes the row')
+    sub.add_argument('--rdzv-endpoint', default='', metavar='HOST:PORT', help='a free port of node 0, for all')
     sub.add_argument('--dry-run', action='store_true', help='print the command and stop')
+
+    sub = command(
+        'study',
+        cmd_study,
+        'run what has no row yet of a comparison: models, seeds, one recipe',
+        'cpu_tiny100 --dry-run',
+        'train_recipes/studies/paper_cifar10.yaml --jobs 4',
+        'paper_cifar10 --executor slurm --slurm partition=gpu --slurm time=600',
+    )
+    sub.add_argument('study', metavar='STUDY', help='YAML file, or the name of one of ours, e.g. cpu_tiny100')
+    sub.add_argument('--data-dir', metavar='D', help="the data; default: the study's")
+    sub.add_argument('--output', default='output', metavar='DIR', help='holds a folder per run; default: %(default)s')
+    sub.add_argument('--results', metavar='FILE', help='where the rows go; default: results.csv beside the recipe')
+    sub.add_argument(
+        '--timm-dir', metavar='DIR', help="checkout of timm; default: $TIMM_DIR, or the installed one's tag"
+    )
+    sub.add_argument('--device', choices=('cpu', 'cuda', 'mps'), help='default: what the machine has')
+    sub.add_argument('--jobs', type=int, metavar='N', help='runs at once; default: what GPUs and cores carry')
+    sub.add_argument('--executor', choices=('local', 'slurm'), default='local', help='default: %(default)s')
+    sub.add_argument(
+        '--slurm', action='append', default=[], metavar='KEY=VALUE', help="SLURM's parameters by submitit's names"
+    )
+    sub.add_argument('--dry-run', action='store_true', help='say what is there and what is to run, and stop')
 
     sub = command(
         'export',

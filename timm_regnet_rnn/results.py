@@ -21,6 +21,7 @@ COMPLEXITY = json.loads((HERE / 'model_complexity.json').read_text(encoding='utf
 EPOCHS = {p.stem: yaml.safe_load(p.read_text(encoding='utf-8')).get('epochs', 300) for p in RECIPES.glob('*.yaml')}
 Label = Tuple[str, str]  # a row of a table: model, model_kwargs
 Group = Tuple[Any, ...]  # a table: data set, recipe, epochs, overrides
+Key = Tuple[Group, Label, int]  # a run: its table, its row there, its seed
 
 
 class Run(NamedTuple):
@@ -53,6 +54,11 @@ class Run(NamedTuple):
     group: Group
     label: Label
 
+    @property
+    def key(self) -> Key:
+        """What no two runs share."""
+        return self.group, self.label, self.seed
+
 
 COLUMNS = Run._fields[:-2]
 EARLY_EXIT = ('weights', 'images', 'last_but_two', 'last_but_one', 'last', 'cosine')
@@ -81,9 +87,24 @@ def split_kwargs(text: str) -> List[str]:
     return sorted(re.split(r'\s+(?=\w+=)', text)) if text else []
 
 
+def label_of(model: str, model_kwargs: str) -> Label:
+    """The row of a table that a run belongs to."""
+    return model, ' '.join(split_kwargs(model_kwargs))
+
+
+def group_of(dataset: str, recipe: str, epochs: int, overrides: str, processes: int) -> Group:
+    """The table that a run belongs to."""
+    # a batch norm sees the images of its process alone, so their number is part of the setting
+    several = f'--nproc {processes}' if processes > 1 else ''
+    return dataset, recipe, epochs, ' '.join(filter(None, [overrides, several]))
+
+
 def resnet_of(label: Label) -> Optional[Label]:
     """Label of the ResNet that a RegNet is measured against; arguments that both can have must agree."""
-    name = parse_name(label[0])
+    try:
+        name = parse_name(label[0])
+    except ValueError:  # a model of timm's that is neither
+        return None
     if not name.cell or name.tag:  # a ResNet, or one that starts elsewhere
         return None
     shared = [arg for arg in split_kwargs(label[1]) if arg.split('=')[0] not in REGULATOR_KWARGS]
@@ -95,7 +116,10 @@ MODELS = {*COMPLEXITY, *(resnet[0] for name in COMPLEXITY if (resnet := resnet_o
 
 def traits(model: str) -> Tuple[int, bool, int]:
     """Depth, whether with SE, and index of the family."""
-    name = parse_name(model)
+    try:
+        name = parse_name(model)
+    except ValueError:  # a model of timm's that is neither a RegNet nor its ResNet
+        return 0, False, 0
     return name.depth, name.se, FAMILIES.index(name.cell)
 
 
@@ -107,13 +131,33 @@ def row_order(label: Label) -> Tuple[Any, ...]:
 def group_order(group: Group) -> Tuple[Any, ...]:
     """Sort key of tables: the planned ones, others of full length, the shortened."""
     planned = PLANNED_GROUPS.index(group) if group in PLANNED_GROUPS else len(PLANNED_GROUPS)
-    return planned, group[2] < EPOCHS[group[1]], group
+    return planned, group[2] < EPOCHS.get(group[1], 0), group
+
+
+def whole(row: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """The row.
+
+    Raises:
+        ValueError: It is cut, or has more fields than the header.
+    """
+    if None in row or None in row.values():
+        raise ValueError('not as many fields as the header has')
+    return row
+
+
+def parse_ours(row: Mapping[Any, Any]) -> Run:
+    """The Run of a row for this project's own tables: of a model and a recipe of ours."""
+    run = parse(row)
+    if run.model.split('.')[0] not in MODELS:
+        raise ValueError(f'unknown model {run.model!r}')
+    if run.recipe not in EPOCHS:
+        raise ValueError(f'no recipe {run.recipe!r} in {RECIPES.name}')
+    return run
 
 
 def parse(row: Mapping[Any, Any]) -> Run:
     """The Run of one row of results.csv, checked by itself."""
-    if None in row or None in row.values():
-        raise ValueError('not as many fields as the header has')
+    whole(row)
     values: Dict[str, Any] = {}
     for name in COLUMNS:
         text = ' '.join(row[name].split())
@@ -123,10 +167,6 @@ def parse(row: Mapping[Any, Any]) -> Run:
             values[name] = float(text) if name == 'images_per_s' and text else NUMBERS.get(name, str)(text)
         except ValueError:
             raise ValueError(f'{name} is no number: {text!r}') from None
-    if values['model'].split('.')[0] not in MODELS:
-        raise ValueError(f'unknown model {values["model"]!r}')
-    if values['recipe'] not in EPOCHS:
-        raise ValueError(f'no recipe {values["recipe"]!r} in {RECIPES.name}')
     if values['weights'] not in ('last', 'ema'):
         raise ValueError(f'weights are last or ema, not {values["weights"]!r}')
     if (
@@ -139,11 +179,8 @@ def parse(row: Mapping[Any, Any]) -> Run:
         raise ValueError(
             f'top1 {values["top1"]}, top5 {values["top5"]}, best_top1 {values["best_top1"]}: not percentages'
         )
-    # a batch norm sees the images of its process alone, so their number is part of the setting
-    several = f'--nproc {values["processes"]}' if values['processes'] > 1 else ''
-    overrides = ' '.join(filter(None, [values['overrides'], several]))
-    group = values['dataset'], values['recipe'], values['epochs'], overrides
-    return Run(**values, group=group, label=(values['model'], ' '.join(split_kwargs(values['model_kwargs']))))
+    group = group_of(*(values[name] for name in ('dataset', 'recipe', 'epochs', 'overrides', 'processes')))
+    return Run(**values, group=group, label=label_of(values['model'], values['model_kwargs']))
 
 
 T = TypeVar('T')
@@ -162,11 +199,21 @@ def read_csv(path: Path, columns: Sequence[str], convert: Callable[[Mapping[Any,
             raise ValueError(f'{path.name}, line {reader.line_num}: {e}') from None
 
 
+def read_header(path: Path) -> List[str]:
+    """The columns of a CSV file."""
+    with open(path, newline='', encoding='utf-8-sig') as file:
+        return list(csv.DictReader(file).fieldnames or ())
+
+
 Groups = Dict[Group, Dict[Label, List[Run]]]
 
 
-def read_runs(path: Path) -> Groups:
+def read_runs(path: Path, parse: Callable[[Mapping[Any, Any]], Run] = parse_ours) -> Groups:
     """The runs of results.csv by group and label, in the order of tables and rows; none without the file.
+
+    Args:
+        path: results.csv.
+        parse: Makes a Run of a row; `parse` takes those of any model and recipe.
 
     Raises:
         ValueError: A row cannot stand in a table; in one line.
@@ -176,7 +223,7 @@ def read_runs(path: Path) -> Groups:
     groups: Groups = defaultdict(lambda: defaultdict(list))
     for run in runs:
         # once each: the run, and a seed under the same settings, whose second run would be no independent draw
-        keys: Tuple[Any, ...] = (run.run, (*run.group, *run.label, run.seed))
+        keys: Tuple[Any, ...] = (run.run, run.key)
         for key in keys:
             if seen.setdefault(key, run) is not run:
                 raise ValueError(f'{path.name}: {run.run!r} repeats {seen[key].run!r}; one of the two rows has to go')
@@ -286,7 +333,7 @@ def cells(rows: Mapping[Label, List[Run]], label: Label) -> List[str]:
 
 def describe(group: Group, mark: str = '') -> str:
     """Epochs and overrides in words, with `mark` around code."""
-    full = EPOCHS[group[1]]
+    full = EPOCHS.get(group[1], 0)
     epochs = f'shortened to {group[2]} of {full} epochs' if group[2] < full else f'{group[2]} epochs'
     return f'{epochs}, {mark + group[3] + mark if group[3] else "no overrides"}'
 
@@ -298,9 +345,10 @@ def table(groups: Groups, planned: Sequence[str] = ()) -> str:
     for group, rows in groups.items():
         runs += [run for same in rows.values() for run in same]
         ema = ', EMA weights' if any(run.weights == 'ema' for same in rows.values() for run in same) else ''
-        caption += (
-            f' [`{group[1]}`]({REPOSITORY}/blob/main/train_recipes/{group[1]}.yaml): {describe(group, "`")}{ema}.'
-        )
+        recipe = f'`{group[1]}`'
+        if group[1] in EPOCHS:
+            recipe = f'[{recipe}]({REPOSITORY}/blob/main/train_recipes/{group[1]}.yaml)'
+        caption += f' {recipe}: {describe(group, "`")}{ema}.'
         head += [f'`{group[1]}`: top-1' if len(groups) > 1 else 'top-1', 'top-5', 'to its ResNet', 'seeds']
     labels.update((run.label, run._asdict()) for run in runs)
     commits = sorted({re.sub('^([0-9a-f]{7})[0-9a-f]+', r'\1', run.commit) or 'unknown' for run in runs})

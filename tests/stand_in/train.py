@@ -1,7 +1,8 @@
 """Stands in for timm's train.py, which is not in timm's package: its options as recorded, its checkpoints, its summary.
 
 One update an epoch on the first images of the training split, through timm's own data set, saver and resume functions.
-KILL_AFTER=N in the environment kills the process, without a chance to clean up, once N epochs are saved.
+KILL_AFTER=N in the environment kills the process, without a chance to clean up, once N epochs are saved; PAUSE=S makes
+every epoch S seconds longer.
 """
 
 import argparse
@@ -9,6 +10,7 @@ import importlib
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
@@ -56,6 +58,7 @@ def main():
     if utils.is_primary(args):
         Path(folder, 'args.yaml').write_text(yaml.safe_dump(vars(args)), encoding='utf-8')
     for epoch in range(start, args.epochs):
+        time.sleep(float(os.environ.get('PAUSE', 0)))
         loss = torch.nn.functional.cross_entropy(trained(x), y.to(device))
         optimizer.zero_grad()
         loss.backward()

@@ -3,6 +3,6 @@
 May import weights, results and errors; nothing here imports torch before it is called.
 """
 
-from .run import train
+from .run import Nodes, train
 
-__all__ = ['train']
+__all__ = ['Nodes', 'train']

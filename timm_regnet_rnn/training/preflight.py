@@ -123,7 +123,7 @@ def check_results(table: Path) -> None:
     Raises:
         ValueError: It is no regular file, cannot be written, or is damaged; in one line.
     """
-    from ..results import COLUMNS, read_csv
+    from ..results import COLUMNS, read_csv, whole
 
     if table.exists() and not table.is_file():
         raise ValueError(f'{str(table)!r} is no regular file; give one by --results.')
@@ -132,7 +132,7 @@ def check_results(table: Path) -> None:
     if (table.parent / 'curves').exists() and not (table.parent / 'curves').is_dir():
         raise ValueError(f'{str(table.parent / "curves")!r} is where learning curves go, and is no folder.')
     if table.is_file() and table.stat().st_size:
-        read_csv(table, COLUMNS, lambda row: None)
+        read_csv(table, COLUMNS, whole)
 
 
 def total_epochs(settings: Dict[str, Any]) -> int:

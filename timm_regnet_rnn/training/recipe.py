@@ -15,7 +15,7 @@ from typing import Any, Dict, List, Mapping, Union
 
 from ..errors import did_you_mean
 
-__all__ = ['check_recipe', 'find_recipe', 'load_recipe', 'train_options']
+__all__ = ['check_recipe', 'find_recipe', 'find_yaml', 'load_recipe', 'load_yaml', 'train_options']
 
 PAIRS = ('scale', 'ratio', 'cutmix_minmax')  # argparse takes any number of values, timm unpacks two
 PLURAL = {'int': 'whole numbers', 'float': 'numbers', 'str': 'texts'}
@@ -86,7 +86,12 @@ def find_recipe(name: str) -> str:
     """The file of a recipe: that of the name, or one of ours, with or without `.yaml` (`cifar_paper`)."""
     from ..results import RECIPES
 
-    ours = RECIPES / f'{name.removesuffix(".yaml")}.yaml'
+    return find_yaml(name, RECIPES)
+
+
+def find_yaml(name: str, folder: Path) -> str:
+    """The file of that name, or one of the folder's, with or without `.yaml`."""
+    ours = folder / f'{name.removesuffix(".yaml")}.yaml'
     return str(ours) if not Path(name).exists() and ours.is_file() else name
 
 
@@ -102,47 +107,76 @@ def load_recipe(path: Union[str, Path]) -> Dict[str, Any]:
     Raises:
         ValueError: The file is missing or unreadable, is not YAML, is not a mapping, or gives a key twice; one line.
     """
+    from ..results import RECIPES
+
+    return load_yaml(path, 'recipe', RECIPES)
+
+
+def load_yaml(path: Union[str, Path], kind: str, folder: Path) -> Dict[str, Any]:
+    """Read a YAML file of keys and values.
+
+    Args:
+        path: The file.
+        kind: What messages call it.
+        folder: Ours of that kind, one of which a wrong name may mean.
+
+    Raises:
+        ValueError: As `load_recipe`.
+    """
     import yaml
 
-    where = repr(str(path))
+    where = f'{kind} {str(path)!r}'
     try:
         text = Path(path).read_text(encoding='utf-8')
     except FileNotFoundError:
-        from ..results import RECIPES
-
-        hint = did_you_mean(Path(path).stem, [file.stem for file in RECIPES.glob('*.yaml')])
-        raise ValueError(f'no recipe {where}.{hint}') from None
+        hint = did_you_mean(Path(path).stem, [file.stem for file in folder.glob('*.yaml')])
+        raise ValueError(f'no {where}.{hint}') from None
     except UnicodeDecodeError:
-        raise ValueError(f'recipe {where} is not text in UTF-8.') from None
+        raise ValueError(f'{where} is not text in UTF-8.') from None
     except OSError as e:
-        raise ValueError(f'cannot read recipe {where}: {e.strerror}.') from None
+        raise ValueError(f'cannot read {where}: {e.strerror}.') from None
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         config = yaml.safe_load(text)
     except yaml.MarkedYAMLError as e:
         line = f', line {e.problem_mark.line + 1}' if e.problem_mark else ''
-        raise ValueError(f'recipe {where}{line} is not YAML: {e.problem}.') from None
+        raise ValueError(f'{where}{line} is not YAML: {e.problem}.') from None
     except (yaml.YAMLError, RecursionError, ValueError) as e:  # ValueError: 2024-13-45 looks like a date
-        raise ValueError(f'recipe {where} is not YAML: {" ".join(str(e).split())}.') from None
+        raise ValueError(f'{where} is not YAML: {" ".join(str(e).split())}.') from None
     if not isinstance(config, dict):
-        raise ValueError(f'recipe {where} is not a mapping of option names to values, as in `epochs: 200`.')
-    assert node is not None  # it was read above
-    values = [value for _, value in node.value]
-    for mapping in [node, *(value for value in values if isinstance(value, yaml.MappingNode))]:
+        raise ValueError(f'{where} is not a mapping of names to values, as in `epochs: 200`.')
+    nodes: List[Any] = [node]
+    known = set()
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.ScalarNode) or id(node) in known:
+            continue
+        known.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+            continue
+        nodes += [value for _, value in node.value]
         seen: Dict[str, int] = {}
-        for key, _ in mapping.value:
+        for key, _ in node.value:
             line = key.start_mark.line + 1
             if isinstance(key, yaml.ScalarNode) and seen.setdefault(key.value, line) != line:
-                raise ValueError(f'recipe {where} gives {key.value!r} in line {seen[key.value]} and again in {line}.')
+                raise ValueError(f'{where} gives {key.value!r} in line {seen[key.value]} and again in {line}.')
     return config
 
 
-def check_recipe(config: Mapping[str, Any], options: Mapping[str, Mapping[str, Any]]) -> List[str]:
+def check_recipe(
+    config: Mapping[str, Any],
+    options: Mapping[str, Mapping[str, Any]],
+    who: str = 'train.py',
+    listed: str = '`python train.py --help` lists them',
+) -> List[str]:
     """What train.py would take wrongly, or drop, in a recipe.
 
     Args:
         config: A recipe, from `load_recipe`.
         options: train.py's options, from `train_options` or the recorded list.
+        who: Whose options they are.
+        listed: Where all of them stand.
 
     Returns:
         One line for each key that is unknown or whose value is of the wrong kind: key, fault and what would be right.
@@ -152,8 +186,8 @@ def check_recipe(config: Mapping[str, Any], options: Mapping[str, Mapping[str, A
     for key, value in config.items():
         if key not in options:
             close = difflib.get_close_matches(str(key).replace('-', '_'), list(options), n=1)
-            hint = f'did you mean {close[0]!r}?' if close else '`python train.py --help` lists them.'
-            problems.append(f'{key}: train.py has no such option; {hint}')
+            hint = f'did you mean {close[0]!r}?' if close else f'{listed}.'
+            problems.append(f'{key}: {who} has no such option; {hint}')
             continue
         problem = _wrong_list(key, value, options[key])
         if problem:

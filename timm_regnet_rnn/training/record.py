@@ -15,11 +15,11 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from filelock import FileLock
 
 from ..datasets import dataset_name
-from ..results import COLUMNS, CURVE
+from ..results import COLUMNS, CURVE, Key, group_of, label_of, read_csv, read_header, whole
 
 __all__ = [
     *('append_row', 'code_commit', 'learning_curve', 'live_accuracy', 'make_row', 'newest_checkpoint', 'read_result'),
-    'run_name',
+    *('run_key', 'run_name'),
 ]
 
 # fmt: off
@@ -148,6 +148,13 @@ def model_kwargs(settings: Dict[str, Any]) -> str:
     return ' '.join(f'{k}={v!r}'.replace(' ', '').replace("'", '') for k, v in settings['model_kwargs'].items())
 
 
+def run_key(settings: Dict[str, Any], recipe: Path, given: Sequence[str], processes: int, epochs: int) -> Key:
+    """What a row of the results tells a run by, before there is one: its table, its row there, and its seed."""
+    what = overrides(settings, given)
+    group = group_of(dataset_name(settings)[1], recipe.stem, epochs, what, processes)
+    return group, label_of(settings['model'], model_kwargs(settings)), settings['seed']
+
+
 def run_name(settings: Dict[str, Any], recipe: Path, given: Sequence[str] = ()) -> str:
     """A name for a run, and for its folder unless one is given: everything that tells it from its neighbours."""
     words = [settings['model'], *re.findall(r'\w+', model_kwargs(settings)), recipe.stem, dataset_name(settings)[0]]
@@ -253,9 +260,9 @@ def append_row(results: Path, row: Dict[str, Any], curve: List[Dict[str, float]]
     """
     results.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(str(results.with_name(f'.{results.name}.lock')))
-    with lock, results.open('a+', encoding='utf-8', newline='') as file:
-        file.seek(0)
-        taken = {line['run'] for line in csv.DictReader(file)}
+    with lock, results.open('a+b') as file:
+        header = read_header(results) if file.seek(0, os.SEEK_END) else ()
+        taken = set(read_csv(results, COLUMNS, lambda line: whole(line)['run'])) if header else set()
         names = [row['run'], *(f'{row["run"]}-r{i}' for i in range(2, len(taken) + 2))]
         row = {**row, 'run': next(name for name in names if name not in taken)}
         curve_file = results.parent / 'curves' / f'{row["run"]}.csv'
@@ -267,11 +274,13 @@ def append_row(results: Path, row: Dict[str, Any], curve: List[Dict[str, float]]
             writer.writerows(curve)
         os.replace(scratch, curve_file)
         lines = io.StringIO()
-        writer = csv.DictWriter(lines, COLUMNS, lineterminator='\n')
-        if file.seek(0, os.SEEK_END) == 0:
+        writer = csv.DictWriter(lines, header or COLUMNS, lineterminator='\n')
+        if not header:
             writer.writeheader()
+        elif not results.read_bytes().endswith(b'\n'):  # as some editors leave a file
+            lines.write('\n')
         writer.writerow(row)
-        file.write(lines.getvalue())
+        file.write(lines.getvalue().encode())
         file.flush()
         os.fsync(file.fileno())
     return row

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from filelock import FileLock, Timeout
 from huggingface_hub.utils import tqdm
@@ -19,7 +19,7 @@ from huggingface_hub.utils import tqdm
 from ..inference import CLASSES, check_device
 from ..results import IN_WHEEL
 from ..weights.load import check_file
-from .data import check_data
+from .data import Data, check_data
 from .preflight import (
     OURS,
     average_warning,
@@ -36,7 +36,7 @@ from .recipe import check_recipe, find_recipe, load_recipe, train_options
 from .record import LIVE, append_row, code_commit, live_accuracy, make_row, newest_checkpoint, read_result, run_name
 from .train_py import find_train_py, machine_flags, parse_flags
 
-__all__ = ['train']
+__all__ = ['Nodes', 'Plan', 'plan', 'train']
 
 BATCH = re.compile(r'^Train: (\d+) \[ *(\d+)/(\d+) .*Loss: +([\d.]+)')
 
@@ -104,33 +104,85 @@ def run_logged(command: Sequence[str], log: Path, lock: FileLock, done: int, tot
     return child.returncode
 
 
-def train(
+class Nodes(NamedTuple):
+    """The machines of one run: how many, which of them this one is, and HOST:PORT of node 0 where they meet."""
+
+    size: int = 1
+    rank: int = 0
+    endpoint: str = ''
+
+
+ONE_NODE = Nodes()
+
+
+class Plan(NamedTuple):
+    """A run before it starts: what it computes, where it goes, and train.py's command line.
+
+    `settings` are train.py's options, with the batch of one process; `given` the names of those given besides the
+    recipe; `processes` those of all nodes; `table` the file of results, `warning` what to say before it starts;
+    `classes` their names, where they are known.
+    """
+
+    recipe: Path
+    settings: Dict[str, Any]
+    given: List[str]
+    processes: int
+    epochs: int
+    name: str
+    folder: Path
+    table: Path
+    warning: str
+    command: List[str]
+    classes: Tuple[str, ...]
+
+
+def check_nodes(nodes: Nodes) -> None:
+    """Refuse nodes that torchrun would wait for in vain.
+
+    Raises:
+        ValueError: In one line.
+    """
+    if nodes.size < 1:
+        raise ValueError(f'--nnodes must be at least 1, got {nodes.size}.')
+    if not 0 <= nodes.rank < nodes.size:
+        raise ValueError(f'--node-rank must be from 0 to {nodes.size - 1} with --nnodes {nodes.size}.')
+    host, _, port = nodes.endpoint.rpartition(':')
+    if nodes.size > 1 and not (host and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f'--nnodes needs --rdzv-endpoint HOST:PORT, where node 0 is reached; got {nodes.endpoint!r}.')
+
+
+def results_file(recipe: Path, results: Optional[str]) -> Path:
+    """Where the row goes: the file given, or results.csv beside the recipe.
+
+    An installed recipe's folder is replaced by the next install, so its rows go to the current one.
+    """
+    return Path(results) if results else (Path() if recipe.parent == IN_WHEEL else recipe.parent) / 'results.csv'
+
+
+def plan(
     recipe: str,
     model: str,
     data_dir: str,
     flags: Sequence[str],
+    train_py: Path,
+    options: Dict[str, Dict[str, Any]],
     output: Optional[str] = None,
     results: Optional[str] = None,
-    timm_dir: Optional[str] = None,
     nproc: Optional[int] = None,
-    dry_run: bool = False,
-) -> int:
-    """Train a model by a recipe, or go on where an earlier run in the same folder stopped; then write its row.
+    nodes: Nodes = ONE_NODE,
+    root: str = 'output',
+    here: bool = True,
+    data_of: Callable[[Dict[str, Any], int], Data] = check_data,
+) -> Plan:
+    """Work out a run, and refuse what cannot work.
 
     Args:
-        recipe: YAML file for train.py, or the name of one of ours, e.g. 'cifar_paper'.
-        model: Any timm model.
-        data_dir: The data.
-        flags: More flags of train.py; they win over the recipe.
-        output: The run's folder; `output/` and a name made of the settings if None.
-        results: CSV file for the row; None for `results.csv` beside the recipe, for an installed one in the current
-            folder.
-        timm_dir: A checkout of timm, see `find_train_py`.
-        nproc: Processes, one per visible GPU if None.
-        dry_run: Print the command and stop.
-
-    Returns:
-        Exit status: 0, or 1 if train.py failed.
+        recipe, model, data_dir, flags, output, results, nproc, nodes: As in `train`.
+        train_py: From `find_train_py`.
+        options: From `train_options`.
+        root: Holds the run's folder where `output` names none.
+        here: Whether this machine is the one to train on.
+        data_of: Checks the data.
 
     Raises:
         ValueError: What was asked for cannot work; in one line.
@@ -139,9 +191,6 @@ def train(
 
     recipe = find_recipe(recipe)
     config = load_recipe(recipe)
-    check_known(model, data_dir, bool(config.get('dataset_download')) or '--dataset-download' in flags)
-    train_py = find_train_py(timm_dir)
-    options = train_options(train_py)
     problems = check_recipe(config, options)
     if problems:
         raise ValueError(f'recipe {recipe!r}: {problems[0]}')
@@ -159,29 +208,32 @@ def train(
         nproc = max(1, torch.cuda.device_count()) if settings['device'] == 'cuda' else 1
     if nproc < 1:
         raise ValueError(f'--nproc must be at least 1, got {nproc}.')
-    check_device(settings['device'])
-    if settings['aug_repeats'] and nproc == 1:
+    check_nodes(nodes)
+    processes = nproc * nodes.size
+    if here:
+        check_device(settings['device'])
+    if settings['aug_repeats'] and processes == 1:
         raise ValueError('timm repeats augmentations over several processes only; give --nproc or --aug-repeats 0.')
     parameters, classes = check_model(settings)
     total = total_epochs(settings)
-    check_numbers(settings, nproc)
-    data = check_data(settings, classes)
+    check_numbers(settings, processes)
+    data = data_of(settings, classes)
     check_batch(settings['batch_size'], data.images)
     warning = average_warning(settings, data.images)
-    if warning:
-        print(f'timm-regnet-rnn: warning: {warning}', file=sys.stderr, flush=True)
     name = run_name(settings, Path(recipe), list(given))
-    folder = Path(output) if output else Path('output') / name
-    # an installed recipe's folder is replaced by the next install
-    beside = Path() if Path(recipe).parent == IN_WHEEL else Path(recipe).parent
-    table = Path(results) if results else beside / 'results.csv'
+    folder = Path(output) if output else Path(root) / name
+    table = results_file(Path(recipe), results)
     check_results(table)
     check_room(folder, parameters, settings)
 
     command = [sys.executable]
-    if nproc > 1:
-        command += ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(nproc)]
-        settings['batch_size'] //= nproc  # train.py's is that of one process
+    if processes > 1:
+        where = ['--standalone']
+        if nodes.size > 1:  # torchrun's static rendezvous: rank 0, which saves, is node 0's
+            where = ['--nnodes', str(nodes.size), '--node_rank', str(nodes.rank)]
+            where += ['--rdzv_backend', 'static', '--rdzv_endpoint', nodes.endpoint]
+        command += ['-m', 'torch.distributed.run', *where, '--nproc_per_node', str(nproc)]
+        settings['batch_size'] //= processes  # train.py's is that of one process
     command += ['-m', 'timm_regnet_rnn', 'run', str(train_py), '--config', recipe, '--model', model]
     command += ['--data-dir', data_dir, *auto, *flags]
     start = given.get('initial_checkpoint')
@@ -189,11 +241,56 @@ def train(
         check_file(start)
         if settings['pretrained']:  # the recipe asks for weights, and these are they
             command += ['--pretrained-path', start, '--initial-checkpoint', '']
-    if nproc > 1:
+    if processes > 1:
         command += ['--batch-size', str(settings['batch_size'])]
-    if nproc > 1 and settings['device'] == 'cpu':
+    if processes > 1 and settings['device'] == 'cpu':
         command += ['--device-modules', *(settings['device_modules'] or ()), 'timm_regnet_rnn.training.cpu_ddp']
     command += ['--output', str(folder.parent), '--experiment', folder.name]
+    return Plan(
+        Path(recipe), settings, list(given), processes, total, name, folder, table, warning, command, data.names
+    )
+
+
+def train(
+    recipe: str,
+    model: str,
+    data_dir: str,
+    flags: Sequence[str],
+    output: Optional[str] = None,
+    results: Optional[str] = None,
+    timm_dir: Optional[str] = None,
+    nproc: Optional[int] = None,
+    nodes: Nodes = ONE_NODE,
+    dry_run: bool = False,
+) -> int:
+    """Train a model by a recipe, or go on where an earlier run in the same folder stopped; then write its row.
+
+    Args:
+        recipe: YAML file for train.py, or the name of one of ours, e.g. 'cifar_paper'.
+        model: Any timm model.
+        data_dir: The data.
+        flags: More flags of train.py; they win over the recipe.
+        output: The run's folder; `output/` and a name made of the settings if None. All nodes must see it.
+        results: CSV file for the row; None for `results.csv` beside the recipe, for an installed one in the current
+            folder. Node 0 writes it.
+        timm_dir: A checkout of timm, see `find_train_py`.
+        nproc: Processes on this machine, one per visible GPU if None.
+        nodes: The machines of the run.
+        dry_run: Print the command and stop.
+
+    Returns:
+        Exit status: 0, or 1 if train.py failed.
+
+    Raises:
+        ValueError: What was asked for cannot work; in one line.
+    """
+    config = load_recipe(find_recipe(recipe))  # what is wrong without train.py is said before it is fetched
+    check_known(model, data_dir, bool(config.get('dataset_download')) or '--dataset-download' in flags)
+    train_py = find_train_py(timm_dir)
+    run = plan(recipe, model, data_dir, flags, train_py, train_options(train_py), output, results, nproc, nodes)
+    command, folder, total = run.command, run.folder, run.epochs
+    if run.warning:
+        print(f'timm-regnet-rnn: warning: {run.warning}', file=sys.stderr, flush=True)
     if dry_run:
         checkpoint, _ = newest_checkpoint(folder)
         print(shlex.join([*command, *(['--resume', str(checkpoint)] if checkpoint else [])]))
@@ -201,19 +298,20 @@ def train(
 
     commit = code_commit()
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(str(folder / '.lock'), timeout=0)
+    node = f'.node{nodes.rank}' if nodes.rank else ''  # node 0 holds the folder
+    lock = FileLock(str(folder / f'.lock{node}'), timeout=0)
     try:
         with lock:
             checkpoint, done = newest_checkpoint(folder)
             if checkpoint:
-                check_continuation(folder, settings)
+                check_continuation(folder, run.settings)
                 print(f'{folder}: {done} of {total} epochs done', flush=True)
                 command += ['--resume', str(checkpoint)]
-            if data.names:
-                (folder / CLASSES).write_text(json.dumps(data.names, ensure_ascii=False) + '\n', encoding='utf-8')
+            if run.classes and not node:
+                (folder / CLASSES).write_text(json.dumps(run.classes, ensure_ascii=False) + '\n', encoding='utf-8')
             if done < total:
                 try:
-                    status = run_logged(command, folder / 'train.log', lock, done, total)
+                    status = run_logged(command, folder / f'train{node}.log', lock, done, total)
                 except KeyboardInterrupt:
                     _, done = newest_checkpoint(folder)
                     print(
@@ -222,14 +320,18 @@ def train(
                     )
                     return 130
                 _, done = newest_checkpoint(folder)
-                if status or done < total:
+                if status or (done < total and not node):
                     print(
                         f'timm-regnet-rnn: train.py stopped with status {status} after {done} of {total} epochs '
-                        f'(log: {folder / "train.log"}); the same command goes on from there.',
+                        f'(log: {folder / f"train{node}.log"}); the same command goes on from there.',
                         file=sys.stderr,
                     )
                     return 1
-            return finish(folder, table, *make_row(settings, Path(recipe), list(given), folder, nproc, commit))
+            if node:
+                print(f'node {nodes.rank} of {nodes.size} is done; node 0 writes the row.')
+                return 0
+            row = make_row(run.settings, run.recipe, run.given, folder, run.processes, commit)
+            return finish(folder, run.table, *row)
     except Timeout:
         raise ValueError(f'a run is under way in {str(folder)!r}.') from None
 
