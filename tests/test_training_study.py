@@ -441,7 +441,7 @@ def test_any_model_and_recipe_has_its_table(capsys, recorded, argv, tmp_path):
 def planned(device='cpu', size=(3, 32, 32), workers=4, nproc=1, epochs=10):
     """A run with as much of a plan as its surroundings ask for."""
     settings = dict(device=device, input_size=size, workers=workers)
-    plan = jobs.Plan(Path('r'), settings, [], nproc, epochs, 'name', Path('none'), Path('t'), '', [])
+    plan = jobs.Plan(Path('r'), settings, [], nproc, epochs, 'name', Path('none'), Path('t'), '', [], ())
     return jobs.Run(plan, (('d', 'r', 10, ''), ('m', ''), 0), {}, nproc)
 
 
