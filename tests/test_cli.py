@@ -212,6 +212,7 @@ def test_ctrl_c_is_one_line(command, tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
         )
         time.sleep(seconds)
         child.send_signal(signal.SIGINT)

@@ -170,7 +170,8 @@ def background(words, pause):
     env = {**os.environ, 'PAUSE': str(pause), 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     full = [sys.executable, '-m', 'timm_regnet_rnn', *map(str, words)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(full, env=env, start_new_session=True, **pipes)
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore it
+    return subprocess.Popen(full, env=env, start_new_session=True, preexec_fn=heard, **pipes)
 
 
 @pytest.mark.slow
@@ -183,7 +184,7 @@ def test_ctrl_c_ends_the_jobs(argv, tmp_path, whom):
     try:
         wait_for(lambda: all(epochs(folder) for folder in folders) or child.poll() is not None)
         (os.killpg if whom == 'group' else os.kill)(child.pid, signal.SIGINT)
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate(timeout=300)
     finally:
         child.poll() is None and os.killpg(child.pid, signal.SIGKILL)
     assert child.returncode == 130, out + err

@@ -42,6 +42,7 @@ def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
     import timm
 
     name, kwargs = settings['model'], dict(settings['model_kwargs'])
+    check_name(name)
     if settings['num_classes'] is not None:
         kwargs['num_classes'] = settings['num_classes']
     if settings['gp'] is not None:
