@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import timm_regnet_rnn  # noqa: F401  registers the models
+from timm_regnet_rnn.regulated_block import TimeStep
+from timm_regnet_rnn.regulated_resnet import RegulatedResNet
 
 torch.set_num_threads(1)
 
@@ -30,3 +32,15 @@ def randomize(model):
 def scaled_error(a, b):
     """Largest difference, relative to the scale of b."""
     return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def advance(block, cell, x, h=None, c=None, kernel=None):
+    """A block as a function: features, h and c."""
+    step = TimeStep(cell, h, c, *(kernel or cell.kernel()))
+    return block(x, step), *step.next
+
+
+def tiny(block='bottleneck', **kwargs):
+    """A whole net that runs in milliseconds."""
+    args = dict(block=block, layers=(2, 2), channels=(8, 16), stem_type='cifar', num_classes=7)
+    return randomize(RegulatedResNet(**{**args, **kwargs})).eval()
