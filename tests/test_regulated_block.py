@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_regnet_rnn.conv_rnn import CELLS
-from timm_regnet_rnn.regulated_block import RegulatedBasicBlock, RegulatedBottleneck
+from timm_regnet_rnn.regulated_block import BLOCKS, RegulatedBasicBlock, RegulatedBottleneck, TimeStep
 from timm_regnet_rnn.regulated_resnet import RegulatedResNet
 
 LITERAL = {RegulatedBasicBlock: transcription.basic_block, RegulatedBottleneck: transcription.bottleneck}
@@ -151,3 +151,30 @@ def test_zero_init_last():
     assert torch.count_nonzero(net.layer1[0].bn2.weight) == 0
     net = RegulatedResNet('basic', (1, 1), channels=(8, 8), stem_type='cifar', zero_init_last=False)
     assert torch.count_nonzero(net.layer1[0].bn2.weight) == 8
+
+
+@pytest.mark.parametrize('cls', LITERAL)
+@pytest.mark.parametrize('kind', CELLS)
+def test_a_block_with_its_own_cell_starts_from_zero(cls, kind):
+    block = randomize(cls(4 * cls.expansion, 4, regulator=kind, share_regulator=False)).eval()
+    x = torch.randn(2, 4 * cls.expansion, 5, 6)
+    zero = torch.zeros(2, 4, 5, 6)
+    first, other = TimeStep(None, zero, zero), TimeStep(None, zero + 1, zero + 1)
+    torch.testing.assert_close(block(x), block(x, first))
+    assert (block(x) - block(x, other)).abs().max() > 1e-3
+    assert first.next[0].shape == (2, 4, 5, 6) and first.recorded
+    with torch.no_grad():
+        block(x, first)
+    assert not first.recorded
+
+
+def test_the_three_kinds_of_block():
+    assert [*BLOCKS] == ['basic', 'bottleneck']
+    for kinds in BLOCKS.values():
+        widths = {
+            name: sum(p.numel() for p in kinds[name](8 * kinds[name].expansion, 8).parameters()) for name in kinds
+        }
+        assert [getattr(kinds[name], 'regulated', False) for name in kinds] == [name == 'regulated' for name in kinds]
+        # the fuse convolution is 8x8 and its norm 2x8; the regulator's norm 2x8, and 8x8 more for the state it brings
+        assert widths['control'] - widths['plain'] == 64 + 16
+        assert widths['regulated'] - widths['control'] == 64 + 16

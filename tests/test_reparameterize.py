@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from timm_regnet_rnn.conv_rnn import CELLS, RegulatorCell
+from timm_regnet_rnn.layers import SampledConv2d
+from timm_regnet_rnn.reparameterize import fold_norm, fold_sequential
 
 
 @pytest.mark.parametrize('wrap', [prune.identity, weight_norm, parametrizations.weight_norm, spectral_norm])
@@ -141,3 +143,84 @@ def test_pickle_and_deepcopy():
         reparameterize_model(other, inplace=True)
         assert type(other.bn1) is nn.Identity
     assert type(net.bn1) is nn.BatchNorm2d
+
+
+def pair(conv, norm):
+    """A convolution and a norm with statistics of its own, in a module of the names that `fold_norm` is told."""
+    net = nn.Module()
+    net.conv, net.norm = conv, norm
+    return randomize(net).eval()
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('conv', [nn.Conv2d, SampledConv2d])
+@pytest.mark.parametrize('norm', [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_folded_is_the_same_function(bias, conv, norm):
+    net = pair(conv(4, 6, 1, 2, groups=2, bias=bias), nn.BatchNorm2d(6))
+    x = torch.randn(2, 4, 7, 5)
+    with torch.no_grad():
+        want = net.norm(net.conv(x))
+        if norm is nn.SyncBatchNorm:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        fold_norm(net, 'conv', 'norm')
+        torch.testing.assert_close(net.conv(x), want, rtol=1e-4, atol=1e-5)
+    assert type(net.norm) is nn.Identity and type(net.conv) is conv
+    # by the formula: w = weight * gamma / sqrt(var + eps)
+    other = pair(nn.Conv2d(1, 1, 1, bias=False), nn.BatchNorm2d(1, eps=0.0))
+    for tensor, value in zip((other.conv.weight, other.norm.weight, other.norm.bias), (3.0, 5.0, 7.0)):
+        nn.init.constant_(tensor, value)
+    other.norm.running_mean.fill_(2.0)
+    other.norm.running_var.fill_(4.0)
+    fold_norm(other, 'conv', 'norm')
+    assert other.conv.weight.item() == 7.5 and other.conv.bias.item() == 2.0  # 3 * 5 / 2, and 7 - 2 * 5 / 2
+
+
+class Quantized(nn.Conv2d):
+    """A convolution of somebody's own."""
+
+
+@pytest.mark.parametrize(
+    'conv, norm',
+    [
+        (nn.Conv2d(2, 4, 1), nn.GroupNorm(1, 4)),
+        (nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
+        (nn.Conv2d(2, 4, 1), nn.Identity()),
+        (Quantized(2, 4, 1), nn.BatchNorm2d(4)),
+        (nn.ConvTranspose2d(2, 4, 1), nn.BatchNorm2d(4)),
+        (parametrizations.weight_norm(nn.Conv2d(2, 4, 1)), nn.BatchNorm2d(4)),
+    ],
+)
+def test_what_is_not_surely_the_same_stays(conv, norm):
+    net = nn.Module()
+    net.conv, net.norm = conv, norm
+    fold_norm(net, 'conv', 'norm')
+    fold_norm(net, 'conv', 'none')
+    fold_norm(net, 'none', 'norm')
+    assert net.conv is conv and net.norm is norm
+
+
+def test_what_somebody_listens_to_stays():
+    for which in ('conv', 'norm'):
+        net = pair(nn.Conv2d(2, 4, 1), nn.BatchNorm2d(4))
+        hook = getattr(net, which).register_forward_hook(lambda *_: None)
+        fold_norm(net, 'conv', 'norm')
+        assert type(net.norm) is nn.BatchNorm2d
+        hook.remove()
+        fold_norm(net, 'conv', 'norm')
+        assert type(net.norm) is nn.Identity
+
+
+def test_a_sequential_folds_what_follows_directly():
+    net = nn.Sequential(
+        *(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1), nn.BatchNorm2d(2))
+    )
+    randomize(net).eval()
+    x = torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        want = net(x)
+        fold_sequential(net)
+        torch.testing.assert_close(net(x), want, rtol=1e-4, atol=1e-5)
+    kinds = [type(module) for module in net]
+    assert kinds == [nn.Conv2d, nn.Identity, nn.ReLU, nn.BatchNorm2d, nn.Conv2d, nn.Identity]
+    fold_sequential(None)
+    fold_sequential(nn.Identity())
