@@ -1,11 +1,17 @@
 """The list of models, which is made without PyTorch."""
 
+import fnmatch
 import json
 import re
+import sys
 
+import pytest
+import timm
 from test_cli import NAMES, call, on_terminal, refused
 
 import timm_regnet_rnn
+from timm_regnet_rnn.errors import UsageError
+from timm_regnet_rnn.listing import SORTS, list_rows, names, print_rows
 from timm_regnet_rnn.weights.manifest import RELEASED
 
 
@@ -61,3 +67,51 @@ def test_list_json(capsys):
     assert [row['name'] for row in rows] == ['regnet_convlstm_20', 'seregnet_convlstm_20']
     assert rows[0]['params'] == 311_450 and rows[0]['macs'] == 49_316_480
     assert "no model matches 'resnet*'" in refused(capsys, 'list', 'resnet*')
+
+
+# by the functions themselves
+
+
+def test_words_to_complete():
+    """Every model, and behind it its tags: what timm knows by the same names."""
+    words = names()
+    assert [word for word in words if '.' not in word] == NAMES
+    tagged = [word for word in words if '.' in word]
+    assert {*tagged} == {n for n in timm.list_pretrained() if n.split('.')[0] in NAMES} and len({*words}) == len(words)
+    assert all(words.index(word.split('.')[0]) < words.index(word) for word in tagged)
+
+
+def test_every_row():
+    rows = list_rows()
+    assert [row['name'] for row in rows] == NAMES
+    assert all({*row} == {'name', 'params', 'macs', 'input_size', 'tags', 'top1'} for row in rows)
+    assert list_rows('regnet_convlstm_20')[0]['top1']['cifar10_jpeg75'] == 85.26
+    assert {row['name'] for row in list_rows('*', pretrained=True)} == {
+        word.split('.')[0] for word in names() if '.' in word
+    }
+    assert list_rows('REGNET*') == list_rows('') == []
+
+
+@pytest.mark.parametrize('sort', SORTS)
+@pytest.mark.parametrize('pattern', ['*', 'se*', '*_[25]0'])
+def test_order(sort, pattern):
+    def key(row):
+        return -max(row['top1'].values(), default=-1) if sort == 'top1' else row[sort]
+
+    rows = list_rows(pattern, sort=sort)
+    chosen = [name for name in NAMES if fnmatch.fnmatch(name, pattern)]
+    by_depth = sorted(rows, key=key) if sort != 'name' else [next(r for r in rows if r['name'] == n) for n in chosen]
+    assert rows == by_depth and sorted(row['name'] for row in rows) == sorted(chosen)
+
+
+def test_a_table_in_a_file_is_as_wide_as_it_is(capsys):
+    row = dict(name='n', params=1_234_567, macs=2_500_000, input_size=[3, 8, 8], tags=['t' * 90, 'u'], top1=dict(u=50))
+    print_rows([row])
+    header, line = capsys.readouterr().out.splitlines()
+    assert line.split() == ['n', '1.23', '0.003', '3x8x8', 't' * 90 + ',', 'u', '(50.00)'] and 'macs G' in header
+
+
+def test_a_list_without_rich(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'rich.console', None)
+    with pytest.raises(UsageError, match='the list needs rich: pip install rich; --json does without it.'):
+        print_rows([])

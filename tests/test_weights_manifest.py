@@ -6,10 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import timm
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_weights_verify import EMBEDDED
 
+from timm_regnet_rnn.names import parse_name
+from timm_regnet_rnn.weights import manifest
 from timm_regnet_rnn.weights.manifest import RELEASED, embedded_file
 
 
@@ -32,3 +35,33 @@ def test_the_organisation_is_one_setting():
     env = dict(os.environ, TIMM_REGNET_RNN_HUB_ORG='lab')
     done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == f'lab/{next(iter(RELEASED))}', done.stderr
+
+
+def test_where_a_release_lies(monkeypatch):
+    entry = dict(repo_id='{org}/net', revision=None)
+    monkeypatch.setattr(manifest, 'RELEASED', dict(net=entry, other=dict(repo_id='me/other', revision='abc')))
+    monkeypatch.setattr(manifest, 'ORGANISATION', 'lab')
+    assert manifest.hub_id('net') == 'lab/net' and manifest.hub_id('other') == 'me/other@abc'
+    with pytest.raises(KeyError):
+        manifest.hub_id('nosuch')
+    for wanted, name in (
+        ('lab/net', 'net'),
+        ('me/other@abc', 'other'),
+        ('me/other', None),
+        ('me/other@abd', None),
+        ('timm-regnet-rnn/net', None),
+        ('{org}/net', None),
+        ('', None),
+    ):
+        assert manifest.known_weights(wanted) == name
+
+
+@pytest.mark.parametrize('name', RELEASED)
+def test_every_release_is_known_by_its_place(name):
+    assert manifest.known_weights(manifest.hub_id(name)) == name
+    assert timm.is_model(parse_name(name).resnet) and timm.is_model(name.split('.')[0])
+
+
+def test_a_release_without_a_file_here():
+    for name in ('nosuch', '', '../weights/nosuch', 'regnet_convlstm_20'):
+        assert embedded_file(name) is None
