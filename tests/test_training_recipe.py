@@ -1,10 +1,14 @@
 """A recipe is read and checked before a run starts, against what train.py itself takes."""
 
+from pathlib import Path
+
 import pytest
 import yaml
-from conftest import OPTIONS
+from conftest import OPTIONS, RECIPES
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from timm_regnet_rnn.training.recipe import check_recipe, load_recipe, train_options
+from timm_regnet_rnn.training.recipe import check_recipe, find_recipe, load_recipe, train_options
 
 
 @pytest.mark.parametrize(
@@ -119,3 +123,73 @@ def test_a_script_that_is_not_train_py(checkout, source, words):
     assert '\n' not in str(e.value)
     with pytest.raises(ValueError, match='no file'):
         train_options(checkout / 'none.py')
+
+
+@pytest.mark.parametrize('name', ['cifar_paper', 'cifar_paper.yaml', 'imagenet_a2'])
+def test_a_recipe_by_its_name(name, tmp_path, monkeypatch):
+    """Ours, unless a file of that name is at hand; any other name is left as it is, for whoever reads it."""
+    monkeypatch.chdir(tmp_path)
+    ours = RECIPES / f'{name.removesuffix(".yaml")}.yaml'
+    assert Path(find_recipe(name)).samefile(ours)
+    (tmp_path / name).touch()
+    assert find_recipe(name) == name
+    for other in ('nosuch', 'mine.yaml', str(ours), 'a/cifar_paper.yaml'):
+        assert find_recipe(other) == other
+
+
+def test_a_misspelt_recipe_has_a_hint():
+    with pytest.raises(ValueError, match="no recipe 'cifar_papr.yaml'. Did you mean 'cifar_paper'?"):
+        load_recipe('cifar_papr.yaml')
+
+
+VALUES = dict(
+    int=st.integers(-(10**9), 10**9),
+    float=st.one_of(st.integers(-99, 99), st.floats(allow_nan=False, allow_infinity=False)),
+    bool=st.booleans(),
+    str=st.text(max_size=9),
+    kwargs=st.dictionaries(st.text(max_size=5), st.one_of(st.integers(), st.text(max_size=5)), max_size=2),
+)
+NAMES = sorted(name for name, option in OPTIONS.items() if 'choices' not in option)
+
+
+def right(name):
+    """Any value of the kind that an option takes."""
+    option = OPTIONS[name]
+    value, nargs = VALUES[option['type']], option.get('nargs')
+    if nargs in (None, '?') or option['type'] == 'kwargs':
+        return value
+    low, high = (2, 2) if name in ('scale', 'ratio', 'cutmix_minmax') else {'+': (1, 3), '*': (0, 3)}.get(nargs, (3, 3))
+    return st.lists(value, min_size=low, max_size=high)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_value_of_the_right_kind_passes(data):
+    """Also when it is written as YAML and read again."""
+    names = data.draw(st.lists(st.sampled_from(NAMES), unique=True, min_size=1, max_size=3))
+    config = {name: data.draw(right(name)) for name in names}
+    assert check_recipe(config, OPTIONS) == []
+    assert check_recipe(yaml.safe_load(yaml.safe_dump(config)), OPTIONS) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(NAMES),
+    st.recursive(
+        st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=80)),
+        lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
+    ),
+)
+def test_any_other_value_is_one_line_that_names_its_key(name, value):
+    problems = check_recipe({name: value}, OPTIONS)
+    assert len(problems) <= 1
+    for problem in problems:
+        assert problem.startswith(f'{name}: ') and len(problem.splitlines()) == 1 and len(problem) < 300
+
+
+@given(st.one_of(st.integers(-(10**6), 10**6), st.floats(-1e6, 1e6)))
+def test_the_number_that_is_advised_is_right(number):
+    """What it says to write instead of a text is the number, as YAML reads it."""
+    (problem,) = check_recipe(dict(lr=repr(number)), OPTIONS)
+    assert yaml.safe_load(problem.split('; write ')[1].split(' (')[0]) == number
+    assert check_recipe(dict(lr=number), OPTIONS) == []
