@@ -215,8 +215,9 @@ def test_a_fault_of_the_program_is_raised(capsys):
     assert capsys.readouterr().err == 'tool: ValueError\n'
 
 
-def test_a_command_says_what_the_package_logs(capsys):
+def test_a_command_says_what_the_package_logs(capsys, monkeypatch):
     logger = logging.getLogger('timm_regnet_rnn')
+    monkeypatch.setattr(logger, 'level', logging.ERROR)
     before = logger.level, [*logger.handlers]
 
     def work():

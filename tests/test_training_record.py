@@ -125,7 +125,14 @@ def test_images_per_second(tmp_path):
     assert record.throughput(tmp_path) is record.live_accuracy(tmp_path) is None
     (tmp_path / 'train.log').write_text('Scheduled epochs: 3\n')
     assert record.throughput(tmp_path) is record.live_accuracy(tmp_path) is None
-    lines = [line(0, 9.5, 1.25), line(0, 9.5, 100.5), line(1, 9.5, '    90.00'), line(2, 9.5, 300), 'Train: 3 [']
+    lines = [
+        line(0, 9.5, 1.25),
+        line(0, 9.5, 1.5),
+        line(0, 9.5, 100.5),
+        line(1, 9.5, '    90.00'),
+        line(2, 9.5, 300),
+        'Train: 3 [',
+    ]
     (tmp_path / 'train.log').write_bytes('\n'.join(lines).encode() + b'\n\xff\n')
     assert record.throughput(tmp_path) == 100.5
 

@@ -103,6 +103,7 @@ def test_flags_are_read_as_train_py_reads_them(parser, words):
 
 def test_nothing_given_is_nothing():
     assert parse_flags(OPTIONS, []) == {}
+    assert parse_flags(OPTIONS, ['--torchcompile']) == dict(torchcompile=True)
     assert parse_flags(OPTIONS, ['-b', '3', '-b', '4', '--model-kwargs', 'a=1', 'b=x', '--amp']) == dict(
         batch_size=4, model_kwargs=dict(a=1, b='x'), amp=True
     )

@@ -15,7 +15,7 @@ from test_cli import CAT, refused
 
 from timm_regnet_rnn import from_resnet
 from timm_regnet_rnn.errors import UsageError
-from timm_regnet_rnn.weights.load import WRAPPERS, check_file, read_tensors, read_weights
+from timm_regnet_rnn.weights.load import check_file, read_tensors, read_weights
 
 
 def test_pickled_code_is_not_run(capsys, tmp_path):
@@ -64,7 +64,10 @@ def same(found, expected=STATE):
     [
         lambda state: state,
         lambda state: OrderedDict(state),
-        *(lambda state, name=name: {name: state, 'epoch': 3} for name in WRAPPERS),
+        *(
+            lambda state, name=name: {name: state, 'epoch': 3}
+            for name in ('state_dict', 'model', 'net', 'model_state_dict')
+        ),
         lambda state: dict(state_dict=dict(model=state), best_prec1=91.0),
         lambda state: dict(state_dict=state, args=Namespace(lr=0.1, model='resnet18')),
     ],
