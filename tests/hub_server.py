@@ -12,6 +12,7 @@ import fnmatch
 import hashlib
 import http.server
 import json
+import os
 import re
 import socket
 import struct
@@ -550,3 +551,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return answer({'errors': [{'message': str(error)}], 'warnings': []}, 400)
         warnings = [] if card else [{'message': 'empty or missing yaml metadata in repo card'}]
         return answer({'errors': [], 'warnings': warnings})
+
+
+def environment(hub, **more):
+    """A process's environment in which the stand-in is the Hub."""
+    env = dict(os.environ, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE='0', HF_HUB_DISABLE_TELEMETRY='1', HF_TOKEN='')
+    env.update(HF_HUB_DISABLE_PROGRESS_BARS='1', HF_HUB_DOWNLOAD_TIMEOUT='5', HF_HUB_ETAG_TIMEOUT='5', **more)
+    return env

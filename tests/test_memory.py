@@ -12,9 +12,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-
-from timm_regnet_rnn import layers
 
 pytestmark = [
     pytest.mark.slow,
@@ -142,13 +139,3 @@ def test_nets_write_where_they_may(guarded, threads):
 def test_strided_convolutions_of_few_channels(guarded):
     done = guarded(STRIDED)
     assert done.returncode == 0, done.stderr
-
-
-def test_sampled_convolutions_compute_the_same():
-    conv, twin = (torch.nn.Sequential(torch.nn.Conv2d(8, 4, 1, 2)) for _ in range(2))
-    twin.load_state_dict(conv.state_dict())
-    layers.sample_first(twin)
-    assert type(twin[0]) is layers.SampledConv2d and isinstance(twin[0], torch.nn.Conv2d)
-    for size in ((7, 9), (8, 6)):
-        x = torch.randn(2, 8, *size)
-        torch.testing.assert_close(twin(x), conv(x))

@@ -44,14 +44,6 @@ def test_parameters_of_the_design(name, params):
     assert sum(p.numel() for p in timm.create_model(name, device='meta').parameters()) == params
 
 
-def test_multiply_adds_of_the_design():
-    assert round(GOLDEN['regnet_convlstm_50']['macs'] / 1e9, 2) == 4.56
-    assert round(4.09 / (GOLDEN['regnet_convlstm_50']['macs'] / 1e9), 3) == 0.897
-    with torch.device('meta'):
-        resnet = complexity(timm.create_model('resnet50').eval())
-    assert resnet['params'] == 25_557_032 and round(resnet['macs'] / 1e9, 2) == 4.09
-
-
 @pytest.mark.parametrize('name', NAMES)
 def test_entrypoint(name):
     model = timm.create_model(name, device='meta').eval()

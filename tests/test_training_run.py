@@ -2,62 +2,24 @@ import csv
 import io
 import json
 import os
-import pickle
 import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
+from conftest import CLASSES, OPTIONS, RECIPES, STAND_IN
 from filelock import FileLock
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from PIL import Image
 from test_cli import call, refused
 
 from timm_regnet_rnn import results
-from timm_regnet_rnn.training import record
 from timm_regnet_rnn.training import run as training
 from timm_regnet_rnn.training.recipe import train_options
-from timm_regnet_rnn.training.train_py import TIMM_URL, find_train_py, machine_flags
 
 pytestmark = pytest.mark.slow
-
-STAND_IN = Path(__file__).parent / 'stand_in'
-RECIPES = Path(__file__).parent.parent / 'train_recipes'
-OPTIONS = json.loads((RECIPES / 'options.json').read_text(encoding='utf-8'))['options']
-CLASSES = ('cat', 'dog')
-
-
-@pytest.fixture
-def data(tmp_path):
-    """Two classes of four padded images to train on and two to test on."""
-    for split, count, size in (('train', 4, 40), ('test', 2, 32)):
-        for label, name in enumerate(CLASSES):
-            folder = tmp_path / 'data' / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                Image.new('RGB', (size, size), (60 * i, 100 * label, 50)).save(folder / f'{i}.png')
-    return tmp_path / 'data'
-
-
-@pytest.fixture
-def argv(tmp_path, data):
-    """A command that runs in seconds; the last value of a repeated flag counts."""
-    model = ['--model', 'regnet_convrnn_20', '--model-kwargs', 'layers=(1,1,1)', 'carry=raw']
-    flags = ['--num-classes', '2', '--epochs', '3', '--seed', '7', '--device', 'cpu', '-j', '0', '--batch-size', '4']
-    where = ['--data-dir', data, '--output', tmp_path / 'run', '--results', tmp_path / 'results.csv']
-    return ['train', RECIPES / 'cifar_paper.yaml', *model, *flags, *where, '--timm-dir', STAND_IN]
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    """The stand-in's options without asking it; that they are the same is a test of its own."""
-    monkeypatch.setattr(training, 'train_options', lambda _: OPTIONS)
 
 
 def rows(file):
@@ -193,23 +155,6 @@ def test_dry_run_prints_the_command(capsys, recorded, argv, tmp_path, monkeypatc
     )
 
 
-@pytest.mark.parametrize(
-    'cuda, given, flags',
-    [
-        (False, {}, '--device cpu --channels-last'),
-        (False, dict(device='cpu', channels_last=True), ''),
-        (True, {}, '--device cuda --channels-last --amp --amp-dtype bfloat16'),
-        (True, dict(amp=True), '--device cuda --channels-last'),
-        (True, dict(model_dtype='bfloat16'), '--device cuda --channels-last'),
-        (True, dict(device='cpu'), '--channels-last'),
-    ],
-)
-def test_flags_for_the_machine(monkeypatch, cuda, given, flags):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: cuda)
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: True)
-    assert ' '.join(machine_flags(given, given)) == flags
-
-
 def test_a_folder_takes_one_run_at_a_time(capsys, recorded, argv, tmp_path):
     (tmp_path / 'run').mkdir()
     with FileLock(tmp_path / 'run' / '.lock'):
@@ -221,21 +166,6 @@ def nest(tmp_path):
         for i, file in enumerate(sorted(folder.iterdir())):
             (folder / ('indoor', 'outdoor')[i % 2]).mkdir(exist_ok=True)
             shutil.move(file, folder / ('indoor', 'outdoor')[i % 2])
-
-
-CUT = (','.join(results.COLUMNS) + '\nrun,2026-01-01,regnet_convlst').encode()
-
-
-@pytest.mark.parametrize('text', [CUT, b'a,b\n1,2\n', 'ü,'.encode('latin-1'), b'run,date\n"', b'\0'])
-def test_damaged_results_are_said_before_training(capsys, recorded, argv, tmp_path, text):
-    (tmp_path / 'results.csv').write_bytes(text)
-    assert 'results.csv' in refused(capsys, *argv)
-    assert (tmp_path / 'results.csv').read_bytes() == text and not (tmp_path / 'run').exists()
-
-
-def test_empty_folders_are_no_classes(capsys, recorded, argv, data):
-    (data / 'train' / '.ipynb_checkpoints').mkdir()
-    assert call(capsys, *argv, '--dry-run')[0] == 0
 
 
 def test_a_failed_start_leaves_the_folder_free(capsys, argv, tmp_path):
@@ -270,18 +200,6 @@ def test_damaged_folders(capsys, recorded, argv, tmp_path):
         status, _, err = call(capsys, *argv, '--output', folder)
         assert status == 2 and words in err and err.count('\n') == 1, (file, text, err)
         assert (tmp_path / 'results.csv').read_bytes() == before
-
-
-def test_averaged_weights_are_said_to_lag(capsys, recorded, argv):
-    status, _, err = call(capsys, *argv, '--model-ema', '--dry-run')
-    assert status == 0 and '6 updates are few for averaged weights of decay 0.9998, which remember 5000' in err
-    assert 'updates' not in call(capsys, *argv, '--model-ema', '--model-ema-decay', '0.4', '--dry-run')[2]
-    log = 'Test: [   1/1]  Acc@1:  50.000 ( 48.000)\nTest: [   1/1]  Acc@1:  80.000 ( 72.000)  Acc@5: 99 (99)\n'
-    log += 'Test (EMA): [   1/1]  Acc@1:  20.000 ( 20.000)\n'
-    folder = Path(argv[argv.index('--output') + 1])
-    folder.mkdir()
-    (folder / 'train.log').write_text(log)
-    assert record.live_accuracy(folder) == 72.0
 
 
 def test_other_processes_are_another_table():
@@ -359,106 +277,3 @@ def test_bad_input_is_one_line_before_anything_runs(capsys, recorded, argv, tmp_
     full = [*words, *argv[2:]] if words[:1] == ['train'] else [*argv, *words]
     assert message in refused(capsys, *full)
     assert not (tmp_path / 'run').exists() and not (tmp_path / 'results.csv').exists()
-
-
-def test_a_full_disk_is_told_before(capsys, recorded, argv, monkeypatch):
-    monkeypatch.setattr(shutil, 'disk_usage', lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
-    assert 'has 1 MB free, the checkpoints take' in refused(capsys, *argv)
-
-
-def git(*words, cwd):
-    name = ['-c', 'user.name=t', '-c', 'user.email=t@example.org']
-    subprocess.run(['git', *name, *words], cwd=cwd, check=True, capture_output=True)
-
-
-def test_train_py_comes_from_the_tag_of_the_installed_timm(tmp_path, monkeypatch):
-    upstream = tmp_path / 'upstream'
-    (upstream / 'timm').mkdir(parents=True)
-    (upstream / 'train.py').write_text('parser = None\n')
-    (upstream / 'timm' / 'version.py').write_text(f"__version__ = '{timm.__version__}'\n")
-    git('init', '-q', cwd=upstream)
-    git('add', '.', cwd=upstream)
-    git('commit', '-q', '-m', 'x', cwd=upstream)
-    monkeypatch.delenv('TIMM_DIR', raising=False)
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    config = dict(COUNT='1', KEY_0=f'url.{upstream.as_uri()}.insteadOf', VALUE_0=TIMM_URL)
-    for key, value in config.items():
-        monkeypatch.setenv(f'GIT_CONFIG_{key}', value)
-    with pytest.raises(ValueError, match=f'cannot fetch train.py of timm {timm.__version__} .*give a checkout by'):
-        find_train_py(None)
-    assert list((tmp_path / 'cache' / 'timm_regnet_rnn').iterdir()) == [], 'nothing half-fetched'
-    git('tag', f'v{timm.__version__}', cwd=upstream)
-    train_py = find_train_py(None)
-    assert train_py.read_text() == 'parser = None\n' and tmp_path / 'cache' in train_py.parents
-    shutil.rmtree(upstream)
-    assert find_train_py(None) == train_py, 'fetched once'
-    train_py.write_text('parser = 1\n')
-    with pytest.raises(ValueError, match='not the unaltered tag'):
-        find_train_py(None)
-    monkeypatch.setenv('TIMM_DIR', str(STAND_IN))
-    assert find_train_py(None) == STAND_IN / 'train.py'
-
-
-@given(st.data())
-@settings(max_examples=50, deadline=None)
-def test_a_learning_curve_is_whole_however_often_the_run_was_cut(tmp_path_factory, data):
-    """train.py writes the header again after each resume, and the epoch again that was not saved."""
-    output = tmp_path_factory.mktemp('run')
-    epochs = data.draw(st.integers(1, 6))
-    start, lines, last = 0, [], {}
-    while start < epochs:
-        lines.append('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr')
-        stop = data.draw(st.integers(start + 1, epochs))
-        for epoch in range(start, stop):
-            last[epoch + 1] = data.draw(st.floats(0, 100))
-            lines.append(f'{epoch},1.0,2.0,{last[epoch + 1]!r},99.0,0.1')
-        start = stop if stop == epochs else data.draw(st.integers(max(0, stop - 1), stop))
-    if data.draw(st.booleans()):
-        lines.append(f'{epochs},1.0,2')  # cut off by a kill
-    (output / 'summary.csv').write_text('\n'.join(lines) + '\n')
-    curve = record.learning_curve(output)
-    assert [row['epoch'] for row in curve] == list(range(1, epochs + 1))
-    assert {row['epoch']: row['top1'] for row in curve} == last
-
-
-def test_no_checkpoint_runs_code(tmp_path):
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'ran'),)
-
-    torch.save(dict(state_dict=Bomb(), optimizer={}, epoch=9), tmp_path / 'last.pth.tar')
-    (tmp_path / 'checkpoint-3.pth.tar').write_bytes(pickle.dumps(Bomb()))
-    assert record.newest_checkpoint(tmp_path) == (None, 0) and not (tmp_path / 'ran').exists()
-    torch.save(dict(state_dict={}, optimizer={}, epoch=4), tmp_path / 'tmp.pth.tar')
-    assert record.newest_checkpoint(tmp_path) == (tmp_path / 'tmp.pth.tar', 5)
-
-
-APPEND = """
-import sys
-from pathlib import Path
-from timm_regnet_rnn.training.record import COLUMNS, append_row
-for i in range(10):
-    append_row(Path(sys.argv[1]), dict.fromkeys(COLUMNS, 'x, "y"') | dict(run='same'), [])
-"""
-
-
-@pytest.mark.parametrize('start, end', [('\ufeff', '\n'), ('', '')])
-def test_a_row_finds_its_columns(tmp_path, start, end):
-    """Behind a byte-order mark, in another order, beside a column of somebody's own, and without the last newline."""
-    header = ['note', *reversed(results.COLUMNS)]
-    text = f'{start}{",".join(header)}\n{",".join(["ü"] * len(header))}{end}'
-    (tmp_path / 'results.csv').write_text(text, encoding='utf-8')
-    record.append_row(tmp_path / 'results.csv', dict.fromkeys(results.COLUMNS, 'x') | dict(run='mine'), [])
-    first, second = results.read_csv(tmp_path / 'results.csv', header, dict)
-    assert set(first.values()) == {'ü'} and second == {**dict.fromkeys(header, 'x'), 'note': '', 'run': 'mine'}
-    assert (tmp_path / 'results.csv').read_text(encoding='utf-8').startswith(text)
-
-
-def test_rows_of_runs_that_end_together_are_all_there(tmp_path):
-    command = [sys.executable, '-c', APPEND, tmp_path / 'results.csv']
-    children = [subprocess.Popen(command) for _ in range(2)]
-    assert [child.wait() for child in children] == [0, 0]
-    written = rows(tmp_path / 'results.csv')
-    assert sorted(row['run'] for row in written) == sorted(['same', *(f'same-r{i}' for i in range(2, 21))])
-    assert all(row['dataset'] == 'x, "y"' for row in written)
-    assert len(list((tmp_path / 'curves').glob('*.csv'))) == 20

@@ -14,13 +14,10 @@ from pathlib import Path
 
 import pytest
 import timm
-import torch
 from conftest import randomize
-from hub_server import Fault, HubServer
+from hub_server import Fault, HubServer, environment
 from safetensors.torch import save_file
 from timm.models import save_for_hf
-
-from timm_regnet_rnn.cli import main
 
 pytestmark = pytest.mark.slow
 
@@ -42,13 +39,6 @@ for line in sys.stdin:
         answer = dict(error=str(e))
     print(json.dumps(answer), flush=True)
 """
-
-
-def environment(hub, **more):
-    """A process's environment in which the stand-in is the Hub."""
-    env = dict(os.environ, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE='0', HF_HUB_DISABLE_TELEMETRY='1', HF_TOKEN='')
-    env.update(HF_HUB_DISABLE_PROGRESS_BARS='1', HF_HUB_DOWNLOAD_TIMEOUT='5', HF_HUB_ETAG_TIMEOUT='5', **more)
-    return env
 
 
 class Client:
@@ -385,66 +375,6 @@ def test_released_weights_are_checked_against_the_manifest(hub, tmp_path):
     assert load('b') == 'loaded'
     process.kill()
     process.wait()
-
-
-def test_a_folder_for_a_machine_without_a_network(hub, tmp_path, capsys):
-    """An embedded tag, a warm start and somebody's own repository, by the command; then loaded offline."""
-    net = randomize(timm.create_model('regnet_convgru_20', num_classes=4, regulated_stages=(2,)))
-    save_for_hf(net, tmp_path / 'net', model_args=dict(regulated_stages=[2]), safe_serialization=True)
-    hub.add_repo('org/mine', {p.name: p.read_bytes() for p in (tmp_path / 'net').iterdir()})
-    resnet = randomize(timm.create_model('resnet18'))
-    save_file(resnet.state_dict(), tmp_path / 'resnet18.safetensors')
-    hub.add_repo('timm/resnet18.a1_in1k', {'model.safetensors': (tmp_path / 'resnet18.safetensors').read_bytes()})
-    hub.faults += [Fault('GET', BODY, flip=5000), Fault('GET', '/resolve/main/config.json', flip=9)]
-    lab = tmp_path / 'lab'
-
-    names = NAME, 'regnet_convlstm_18', 'mine'
-    command = [
-        sys.executable,
-        '-m',
-        'timm_regnet_rnn',
-        'pull',
-        '--to',
-        lab,
-        *names[:2],
-        'hf-hub:org/mine',
-        'hf-hub:org/no',
-    ]
-    env = environment(hub, HF_HOME=str(tmp_path / 'cache'))
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f'local-dir:{lab / name}' for name in names], done.stderr
-    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'no such repository' in done.stderr
-    assert [fault.seen > 0 for fault in hub.faults] == [True, True]
-    for name in names:
-        check = subprocess.run(['sha256sum', '-c', 'SHA256SUMS'], cwd=lab / name, capture_output=True, text=True)
-        assert check.stdout.count(': OK') == 2 and {p.name for p in (lab / name).iterdir()} == {
-            *('model.safetensors', 'config.json', 'SHA256SUMS')
-        }
-    assert {p.name for p in lab.iterdir()} == {*names}
-    # this process is offline
-    embedded, warm, mine = (timm.create_model(f'local-dir:{lab / name}', pretrained=True) for name in names)
-    assert embedded.pretrained_cfg['label_names'][0] == 'airplane' and mine.num_classes == 4
-    assert all(torch.equal(mine.state_dict()[key], value) for key, value in net.state_dict().items())
-    assert torch.equal(warm.layer1[0].conv1.weight, resnet.layer1[0].conv1.weight)
-    # a file that broke meanwhile is noticed, and pulled again
-    weights = lab / NAME / 'model.safetensors'
-    weights.write_bytes(weights.read_bytes()[:-1] + b'?')
-    with pytest.raises(OSError, match="model.safetensors' is broken: expected 57f44f73"):
-        timm.create_model(f'local-dir:{lab / NAME}', pretrained=True)
-    assert main(['pull', NAME, '--to', str(lab)]) == 0
-    timm.create_model(f'local-dir:{lab / NAME}', pretrained=True)
-    (lab / 'regnet_convlstm_20').mkdir()
-    capsys.readouterr()
-    for name, words in (
-        ('nosuch', "unknown model 'nosuch'; `timm-regnet-rnn list` prints the names."),
-        ('resnet18', 'no pretrained weights are called'),
-        ('regnet_convgru_20', 'no pretrained weights are called'),
-        ('regnet_convlstm_20', 'exists and is none of these folders'),
-    ):
-        assert main(['pull', name, '--to', str(lab)]) == 2
-        error = capsys.readouterr().err
-        assert error.count('\n') == 1 and words in error
-    assert {p.name for p in lab.iterdir()} == {*names, 'regnet_convlstm_20'}
 
 
 def test_a_broken_configuration_in_the_cache(hub, tmp_path):

@@ -14,9 +14,8 @@ import pytest
 import timm
 import torch
 from conftest import randomize
-from hub_server import Fault, HubServer
+from hub_server import Fault
 from huggingface_hub import ModelCard
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_weights_pull import environment
 
@@ -29,77 +28,6 @@ HUB = Path(__file__).parent.parent / 'hub'
 TAG = 'regnet_convlstm_20.cifar10_jpeg75'
 EMBEDDED = HUB.parent / 'timm_regnet_rnn' / 'weights' / f'{TAG}.safetensors'
 FILES = {'model.safetensors', 'config.json', 'README.md'}
-CLIENT = """
-import contextlib, io, json, os, sys
-from timm_regnet_rnn.weights import pull, push
-pull.WAITS = (0.01, 0.02, 0.04, 0.08)
-for line in sys.stdin:
-    os.environ['HF_TOKEN'], *args = json.loads(line)
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = push.main(args)
-        except SystemExit as e:
-            status = e.code
-    print(json.dumps([status, out.getvalue(), err.getvalue()]), flush=True)
-"""
-
-
-class Client:
-    """A process that pushes what it is told to, so that importing torch is paid once."""
-
-    def __init__(self, hub):
-        self.process = subprocess.Popen(
-            [sys.executable, '-c', CLIENT],
-            env=environment(hub, HF_HUB_DISABLE_XET='1'),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def push(self, *args, token='hf_right'):
-        """Status, stdout and stderr of `push.py ARGS`; the token is in neither."""
-        print(json.dumps([token, *map(str, args)]), file=self.process.stdin, flush=True)
-        status, out, err = json.loads(self.process.stdout.readline())
-        assert 'hf_' not in out + err
-        return status, out, err
-
-    def fails(self, *args, **kwargs):
-        """The one line that a push ends with, behind at most one that says it tries again."""
-        status, _, err = self.push(*args, **kwargs)
-        *notes, error = err.splitlines()
-        assert status == 2 and len(notes) < 2 and all('trying again' in note for note in notes), err
-        return error
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-
-
-@pytest.fixture(scope='module')
-def stand_in():
-    with HubServer() as hub:
-        hub.add_user('hf_right', 'alice', orgs=('org', 'timm-regnet-rnn'))
-        hub.add_user('hf_reader', 'bob', role='read')
-        hub.add_user('hf_foreign', 'carol')
-        hub.add_user('hf_old', 'alice', orgs=('org',), expired=True)
-        yield hub
-
-
-@pytest.fixture
-def hub(stand_in):
-    stand_in.faults.clear()
-    stand_in.requests.clear()
-    stand_in.repos.clear()
-    return stand_in
-
-
-@pytest.fixture(scope='module')
-def client(stand_in):
-    client = Client(stand_in)
-    yield client
-    client.close()
 
 
 def checkpoint(folder, model='regnet_convgru_20', epoch=19, ema=None, channels_last=False, dtype=None, **settings):
@@ -178,30 +106,6 @@ def test_an_embedded_tag(hub, client, tmp_path):
     assert '| parameters | 0.311 M |' in card.text and 'cifar_short.yaml' in card.text
 
 
-def test_what_the_file_and_the_card_say(hub, client, tmp_path):
-    file, _ = checkpoint(tmp_path / 'run', model_kwargs=dict(carry='raw'), num_classes=7, lr=0.1, epochs=20)
-    labels = tmp_path / 'labels.txt'
-    labels.write_text('\n'.join('abcdefg'), encoding='utf-8')
-    status, _, err = client.push(file, '--repo-id', 'org/net', '--labels', labels)
-    assert status == 0, err
-    files = hub.files('org/net')
-    (tmp_path / 'model.safetensors').write_bytes(files['model.safetensors'])
-    with safe_open(tmp_path / 'model.safetensors', framework='pt') as f:
-        metadata = f.metadata()
-    assert (
-        metadata['format'] == 'pt' and metadata['model'] == 'regnet_convgru_20' and metadata['timm'] == timm.__version__
-    )
-    assert json.loads(metadata['model_args']) == dict(carry='raw')
-    assert json.loads(files['config.json'])['label_names'] == list('abcdefg')
-    readme = files['README.md'].decode()
-    assert 'accuracy | not measured' in readme and 'model-index' not in readme
-    assert 'lr 0.1' in readme and '20 epochs behind these weights' in readme
-    # what was pushed can be pushed from again, and does not need its arguments told
-    status, _, err = client.push(tmp_path / 'model.safetensors', '--repo-id', 'org/again')
-    assert status == 0, err
-    assert json.loads(hub.files('org/again')['config.json'])['model_args'] == dict(carry='raw')
-
-
 ROW = {
     **dict(
         run='run', date='2026-11-23', model='regnet_convgru_20', model_kwargs='', recipe='cifar_paper', overrides=''
@@ -218,23 +122,6 @@ def results(folder, *changes):
     return folder / 'results.csv'
 
 
-def test_the_figures_are_those_of_the_run(hub, client, tmp_path):
-    table = results(tmp_path, {}, dict(run='resnet', model='cifar_resnet_20', top1='90.0'))
-    file, _ = checkpoint(tmp_path / 'run')
-    assert client.push(file, '--repo-id', 'org/net', '--results', table)[0] == 0
-    readme = hub.files('org/net')['README.md'].decode()
-    assert 'value: 90.5' in readme and '| `cifar_resnet_20` |' in readme and '+0.50' in readme
-    assert 'train_recipes/cifar_paper.yaml --model regnet_convgru_20 --data-dir DIR --seed 42' in readme
-    # the card is brought up to date, the weights stay
-    table = results(tmp_path, dict(top1='90.7', best_top1='91.0'))
-    assert client.push(file, '--repo-id', 'org/net', '--results', table)[0] == 0
-    readme = hub.files('org/net')['README.md'].decode()
-    assert 'value: 90.7' in readme and '91.0' not in readme and len(hub.commits('org/net')) == 3
-    # and pushing the same again changes nothing
-    assert client.push(file, '--repo-id', 'org/net', '--results', table)[0] == 0
-    assert len(hub.commits('org/net')) == 3
-
-
 @pytest.mark.parametrize(
     'change',
     [dict(epochs='19', best_epoch='19'), dict(seed='1'), dict(weights='ema'), dict(model='regnet_convrnn_20')],
@@ -246,15 +133,6 @@ def test_figures_of_other_weights_are_refused(hub, client, tmp_path, change):
     assert "its run 'run' was measured with" in error and not hub.repos
     status, _, err = client.push(file, '--repo-id', 'org/net', '--results', table, '--run', '', '--dry-run')
     assert status == 0, err
-
-
-def test_averaged_weights(hub, client, tmp_path):
-    file, net = checkpoint(tmp_path / 'run', ema=True)
-    assert client.push(file, '--repo-id', 'org/ema', '--ema', '--folder', tmp_path / 'kept')[0] == 0
-    got = load_file(tmp_path / 'kept' / 'model.safetensors')
-    assert torch.equal(got['fc.bias'], net.fc.bias + 1)
-    file, _ = checkpoint(tmp_path / 'plain')
-    assert "has no 'state_dict_ema'" in client.fails(file, '--repo-id', 'org/net', '--ema')
 
 
 @pytest.fixture(scope='module')
@@ -484,36 +362,6 @@ def test_bad_input_is_one_line(hub, client, tmp_path):
     assert not hub.requests
     status, _, err = client.push(nameless, *to, '--model', 'regnet_convgru_20')
     assert status == 0, err
-
-
-ODD = {
-    'model is a number': dict(model=3),
-    'model is a list': dict(model=['regnet_convgru_20']),
-    'unknown model': dict(model='regnet_convgru_21'),
-    'unknown pooling': dict(gp='foo'),
-    'unknown argument': dict(model_kwargs=dict(nosuch=1)),
-    'arguments are a list': dict(model_kwargs=[1]),
-    'data set is a number': dict(dataset=3),
-    'folder is a list': dict(data_dir=['a']),
-    'odd size': dict(input_size=[3, 24]),
-    'size of words': dict(input_size='big'),
-    'mean of one channel too few': dict(mean=[0.5, 0.5]),
-    'scalar convolution': dict(conv1=torch.ones(())),
-    'convolution of another shape': dict(conv1=torch.ones(3, 3)),
-    'a word for a convolution': dict(conv1='weights'),
-}
-
-
-@pytest.mark.parametrize('odd', ODD)
-def test_odd_checkpoints_are_refused_in_a_line(hub, client, tmp_path, odd):
-    file, net = checkpoint(tmp_path / 'run')
-    state = torch.load(file, weights_only=False)
-    change = dict(ODD[odd])
-    if 'conv1' in change:
-        state['state_dict']['conv1.weight'] = change.pop('conv1')
-    vars(state['args']).update(change)
-    torch.save(state, file)
-    assert len(client.fails(file, '--repo-id', 'org/net', '--dry-run')) < 600 and not hub.requests
 
 
 def test_a_run_is_pushed_by_its_folder(hub, client, tmp_path):

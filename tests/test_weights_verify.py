@@ -1,5 +1,3 @@
-import hashlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,8 +5,6 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from timm.models import is_model_pretrained
 from timm.utils import reparameterize_model
 
@@ -20,25 +16,11 @@ CAT = HUB.parent / 'docs' / 'chelsea.jpg'
 EMBEDDED = [name for name in RELEASED if embedded_file(name)]
 
 
-def test_every_file_has_its_entry():
-    assert {p.stem for p in embedded_file(next(iter(EMBEDDED))).parent.glob('*.safetensors')} == set(EMBEDDED)
-
-
 @pytest.mark.parametrize('name', RELEASED)
 def test_the_manifest_is_true(name):
     """Size, hashes, and logits on stored images; and that the check would notice."""
     done = subprocess.run([sys.executable, HUB / 'verify.py', name], capture_output=True, text=True)
     assert done.returncode == 0 and f'{name}: {RELEASED[name]["size"]} bytes' in done.stdout, done.stderr
-
-
-@pytest.mark.parametrize('name', EMBEDDED)
-def test_the_file_is_the_one_that_was_measured(name):
-    entry, file = RELEASED[name], embedded_file(name)
-    assert file.stat().st_size == entry['size'] < 5_000_000
-    assert hashlib.sha256(file.read_bytes()).hexdigest() == entry['sha256']
-    with safe_open(file, framework='pt') as f:
-        assert f.metadata()['model'] == name
-    assert all(tensor.isfinite().all() for tensor in load_file(file).values())
 
 
 @pytest.mark.parametrize('name', RELEASED)
@@ -50,13 +32,6 @@ def test_pretrained_cfg_says_what_was_measured(name):
     assert cfg.hf_hub_id == hub_id(name) and '{' not in cfg.hf_hub_id
     assert 5 / cfg.num_classes < metrics['top1'] / 100 < metrics['top5'] / 100 <= 1
     assert len(cfg.label_names) == cfg.num_classes
-
-
-def test_the_organisation_is_one_setting():
-    code = f'import timm, timm_regnet_rnn; print(timm.get_pretrained_cfg("{next(iter(RELEASED))}").hf_hub_id)'
-    env = dict(os.environ, TIMM_REGNET_RNN_HUB_ORG='lab')
-    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
-    assert done.stdout.strip() == f'lab/{next(iter(RELEASED))}', done.stderr
 
 
 @pytest.mark.parametrize('name', EMBEDDED)

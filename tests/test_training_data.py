@@ -1,0 +1,135 @@
+"""The data of a run, seen as train.py will see them."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from test_cli import call
+from timm.data import create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+
+from timm_regnet_rnn.training.data import Data, check_data, read_classes, split_folder
+
+
+@pytest.mark.slow
+def test_empty_folders_are_no_classes(capsys, recorded, argv, data):
+    (data / 'train' / '.ipynb_checkpoints').mkdir()
+    assert call(capsys, *argv, '--dry-run')[0] == 0
+
+
+# by the functions themselves
+
+
+def draw(file, size=(8, 8)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size).save(file)
+
+
+@pytest.mark.parametrize(
+    'there, split, taken',
+    [
+        ('train', 'train', 'train'),
+        ('training', 'train', 'training'),
+        ('train', 'training', 'train'),
+        ('val', 'validation', 'val'),
+        ('eval', 'val', 'eval'),
+        ('evaluation', 'valid', 'evaluation'),
+        ('test', 'test[:10]', 'test'),
+        ('mine', 'mine', 'mine'),
+    ],
+)
+def test_the_folder_of_a_split_is_timms(tmp_path, there, split, taken):
+    draw(tmp_path / there / 'a' / '0.png')
+    draw(tmp_path / 'other' / 'b' / '0.png')
+    assert split_folder(dict(data_dir=tmp_path), split) == tmp_path / taken
+    assert split_folder(dict(data_dir=str(tmp_path)), split) == tmp_path / taken
+    data = create_dataset('', str(tmp_path), split=split)
+    assert [Path(data.reader.filename(0, absolute=True))] == [tmp_path / taken / 'a' / '0.png']
+
+
+@pytest.mark.parametrize('split', ['train', 'validation', 'test', 'nosuch'])
+def test_a_split_that_is_not_there(tmp_path, split):
+    (tmp_path / 'holdout').mkdir()
+    (tmp_path / split).write_text('no folder')
+    with pytest.raises(ValueError, match=f'no folder {split!r} in'):
+        split_folder(dict(data_dir=tmp_path), split)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.dictionaries(
+        st.sampled_from(['cat', 'dog', 'a b', '10', '9', 'B', 'ä', 'n02']),
+        st.lists(st.sampled_from(['0.png', '1.jpg', '2.PNG', '3.txt', '4.jpeg']), unique=True),
+    )
+)
+def test_classes_are_timms(tmp_path_factory, classes):
+    """Names, their order and the number of images, as timm's own reader has them; other files are none."""
+    root = tmp_path_factory.mktemp('data')
+    for name, files in classes.items():
+        (root / name).mkdir()
+        for file in files:
+            (root / name / file).write_bytes(b'')
+    images = {name: [f for f in files if not f.endswith('.txt')] for name, files in classes.items()}
+    if not any(images.values()):
+        with pytest.raises(ValueError, match='no image in'):
+            read_classes(root)
+        return
+    counts, first = read_classes(root)
+    reader = ReaderImageFolder(str(root))
+    assert [*counts] == sorted(reader.class_to_idx, key=reader.class_to_idx.get)
+    assert counts == {name: len(files) for name, files in images.items() if files}
+    assert {name: file.parent for name, file in first.items()} == {name: root / name for name in counts}
+    assert all(file.is_file() and file.suffix != '.txt' for file in first.values())
+
+
+def test_images_in_the_wrong_place(tmp_path):
+    draw(tmp_path / 'cat' / '0.png')
+    draw(tmp_path / 'cat' / 'indoor' / '1.png')
+    with pytest.raises(ValueError, match="of class 'cat': timm would take 'indoor' for its class"):
+        read_classes(tmp_path)
+    shutil.rmtree(tmp_path / 'cat' / 'indoor')
+    assert read_classes(tmp_path) == (dict(cat=1), dict(cat=tmp_path / 'cat' / '0.png'))
+    draw(tmp_path / '2.png')
+    with pytest.raises(ValueError, match='lies beside the class folders'):
+        read_classes(tmp_path)
+
+
+def told(root, **changes):
+    """train.py's options, as far as the data depend on them."""
+    settings = dict(dataset='', data_dir=root, dataset_download=False, train_split='train', val_split='test')
+    return {**settings, 'num_classes': None, 'scale': [0.08, 1.0], 'ratio': [1.0, 1.0], 'input_size': None, **changes}
+
+
+def test_what_training_will_read(data):
+    assert check_data(told(data)) == Data(8, ('cat', 'dog'))
+    assert check_data(told(data, num_classes=2), 10) == check_data(told(data), 2) == Data(8, ('cat', 'dog'))
+    exact = dict(scale=[0.64, 0.64], input_size=[3, 32, 32])
+    assert check_data(told(data, **exact)).images == 8  # 32 of 40
+    assert check_data(told(data, scale=[0.64, 0.64])).images == 8
+    for changes, words in (
+        (dict(num_classes=3), 'the data have 2 classes, the recipe 3; give --num-classes 2'),
+        (
+            dict(train_split='test', **exact),
+            'out of training images of 40x40; these are 32x32. `prepare_data.py --pad 4`',
+        ),
+        (
+            dict(scale=[0.25, 0.25], input_size=[3, 32, 32]),
+            'images of 64x64; these are 40x40. `prepare_data.py --pad 16`',
+        ),
+        (dict(data_dir=data / 'none'), 'no data folder'),
+        (dict(dataset='torch/cifar10'), 'no torch/cifar10 in'),
+        (dict(dataset='torch/nosuch'), "timm knows no data set 'torch/nosuch'"),
+    ):
+        with pytest.raises(ValueError) as caught:
+            check_data(told(data, **changes))
+        assert words in str(caught.value) and '\n' not in str(caught.value), caught.value
+    with pytest.raises(ValueError, match='the data have 2 classes, the model 10'):
+        check_data(told(data), 10)
+
+
+def test_data_that_cannot_be_known_before(tmp_path):
+    assert check_data(told(tmp_path, dataset='hfds/org/name')) == Data(0, ())
+    assert check_data(told(tmp_path / 'none', dataset='torch/cifar10', dataset_download=True)) == Data()
