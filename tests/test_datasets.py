@@ -61,9 +61,25 @@ def test_the_folder_here_has_a_name_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / 'cats')
     assert dataset_name(dict(data_dir='.')) == ('cats', 'cats')
     assert dataset_name(dict(data_dir=tmp_path / 'not' / 'there')) == ('there', 'there')
+    assert dataset_name(dict(data_dir='a|b <c>`')) == ('a_b_c_', 'a_b_c_')  # no table is broken by it
 
 
-@pytest.mark.parametrize('text', ['', '{', '[]', '3', 'null', '{}', '{"data": "cifar10"}', '["dataset"]', '\x00'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '',
+        '{',
+        '[]',
+        '3',
+        'null',
+        '{}',
+        '{"data": "cifar10"}',
+        '["dataset"]',
+        '\x00',
+        '{"dataset": null}',
+        '{"dataset": 3}',
+    ],
+)
 def test_a_damaged_note_is_said(tmp_path, text):
     (tmp_path / 'prepared.json').write_text(text)
     with pytest.raises(ValueError, match='is damaged: it does not say which data set this is.') as caught:

@@ -1,6 +1,7 @@
 """What goes wrong is one line, and a command's exit status."""
 
 import argparse
+import contextlib
 import difflib
 import logging
 import os
@@ -162,6 +163,13 @@ def test_what_is_no_name_and_value_is_said(word, capsys):
     with pytest.raises(SystemExit):
         words_of(KeyValues, ['good=1', word])
     assert f'must be NAME=VALUE ..., got {word!r}' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('value', ['{[]:1}', '-' * 100_000 + '1', '(' * 100_000])
+def test_a_value_that_python_cannot_read_is_said(value, capsys):
+    with contextlib.suppress(SystemExit):
+        assert words_of(KeyValues, [f'a={value}']) == dict(a=value)
+    assert len(capsys.readouterr().err) < 1000
 
 
 # commands

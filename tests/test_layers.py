@@ -262,6 +262,7 @@ def test_samples_first_is_the_same_convolution(height, width, stride, groups, la
 def test_only_convolutions_that_need_it_sample_first():
     sizes = dict(needs=(8, 4, 1, 2), wide=(16, 4, 1, 2), plain=(8, 4, 1, 1), large=(8, 4, 3, 2))
     net = nn.ModuleDict({name: nn.Conv2d(*args) for name, args in sizes.items()})
+    net['padded'] = nn.Conv2d(8, 4, 1, 2, padding=1)
     layers.sample_first(net)
     assert {name for name, conv in net.items() if type(conv) is layers.SampledConv2d} == {'needs'}
 

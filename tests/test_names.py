@@ -68,6 +68,7 @@ def test_a_resnet_is_its_own(name):
         *('regnet_lstm_20', 'regnet_convLSTM_20', 'Regnet_convlstm_20', 'seseregnet_convlstm_20', 'sresnet20'),
         *('regnet_convlstm_20.', 'regnet_convlstm_20 ', ' regnet_convlstm_20', 'regnet_convlstm_20\n', 'xresnet50'),
         *('regnet_convlstm_20x', 'cifar_regnet_convlstm_20', 'resnet50d', 'resnext50_32x4d'),
+        *('regnet_convfoo_20', 'regnet_convlstm_21', 'resnet_20', 'cifar_resnet50', 'cifar_resnet_50', 'resnet٥٠'),
         *('regnetx_002', 'regnety_032', 'secifar_resnet_20', 'hf-hub:org/regnet_convlstm_20', 'wide_resnet50_2'),
     ],
 )

@@ -93,8 +93,9 @@ def test_a_batch_that_is_not_filled(batch, images):
     if images and images < batch:
         with pytest.raises(ValueError, match=f'a batch of {batch} out of {images} training images') as caught:
             check_batch(batch, images)
-        advice = int(re.search(r'--batch-size (\d+)', str(caught.value))[1])
-        assert advice >= 2 and (images < 2 or check_batch(advice, images) is None)
+        advice = re.search(r'--batch-size (\d+)', str(caught.value))
+        assert (advice is None) == (images == 1)
+        assert advice is None or (int(advice[1]) >= 2 and check_batch(int(advice[1]), images) is None)
     else:
         check_batch(batch, images)
 
@@ -110,9 +111,9 @@ def test_an_average_that_cannot_follow(epochs, images, batch, decay):
     assert bool(warning) == (updates * (1 - decay) < 3)
     assert average_warning({**settings, 'model_ema': False}, images) == ''
     assert average_warning({**settings, 'model_ema_warmup': True}, images) == average_warning(settings, 0) == ''
-    if 40 <= updates <= 6000 and warning:  # what it advises is good, to the digits that it prints
+    if updates >= 40 and warning:  # what it advises is good, to the digits that it prints
         advice = float(re.search(r'--model-ema-decay ([\d.]+)\.$', warning)[1])
-        assert advice < 1 - 3 / updates
+        assert 1 - 100 / updates < advice < 1 - 3 / updates
 
 
 def test_models_that_cannot_be_built_or_trained():

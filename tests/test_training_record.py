@@ -119,7 +119,15 @@ def test_a_curve_without_a_test(tmp_path):
     assert all(math.isnan(first[name]) for name in ('eval_loss', 'top1', 'top5'))
 
 
-@pytest.mark.parametrize('text', ['epoch,lr\n0,0.1\n', 'epoch,lr,train_loss\n0,high,1\n', 'epoch,lr,train_loss\n,,\n'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        'epoch,lr\n0,0.1\n',
+        'epoch,lr,train_loss\n0,high,1\n',
+        'epoch,lr,train_loss\n,,\n',
+        'epoch,lr,train_loss,eval_top1\n0,0.1,1,\n',
+    ],
+)
 def test_a_curve_that_is_damaged(tmp_path, text):
     (tmp_path / 'summary.csv').write_text(text)
     with pytest.raises(ValueError, match=r'summary.csv. is damaged: it needs epoch, lr and train_loss.'):
@@ -267,6 +275,12 @@ def test_the_commit_of_a_checkout(tmp_path, monkeypatch):
     git('commit', '-q', '-m', 'x')
     commit = git('rev-parse', 'HEAD')[:12]
     (tmp_path / 'notes.txt').touch()
+    installed = tmp_path / 'venv' / 'training' / 'record.py'  # in somebody's repository, which does not know it
+    installed.parent.mkdir(parents=True)
+    installed.touch()
+    monkeypatch.setattr(record, '__file__', str(installed))
+    assert record.code_commit() == ''
+    monkeypatch.setattr(record, '__file__', str(module))
     assert record.code_commit() == commit
     module.write_text('changed')
     assert record.code_commit() == f'{commit}-dirty'

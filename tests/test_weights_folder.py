@@ -273,6 +273,13 @@ def test_a_run_as_a_folder(tmp_path):
     assert {p.name for p in (tmp_path / 'lab').iterdir()} == {'mine', 'model'}
 
 
+def test_runs_keep_their_names(tmp_path):
+    for rate in ('0.05', '0.01'):
+        file, _ = small(tmp_path / f'net-lr-{rate}-s4', data_dir='/data/flowers')
+        for source in (file, file.parent):
+            assert pull_folder(str(source), tmp_path / 'lab').name == f'net-lr-{rate}-s4'
+
+
 def test_an_embedded_release_as_a_folder(tmp_path):
     folder = pull_folder(NAME, tmp_path)
     assert (folder / 'model.safetensors').read_bytes() == embedded_file(NAME).read_bytes()

@@ -34,8 +34,8 @@ def complexity(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> 
 
     counted = (nn.Conv2d, nn.Linear, RegulatorCell)
     handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, counted)]
-    cfg: Any = model.pretrained_cfg
-    size = list(input_size or cfg['input_size'])
+    known: Any = model
+    size = list(input_size or known.pretrained_cfg['input_size'])
     try:
         model(torch.empty(1, *size, device='meta'))
     finally:

@@ -1,6 +1,7 @@
 """The data sets that recipes and released weights speak of: names, labels and statistics, in this one place."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Dict, Tuple
@@ -56,8 +57,10 @@ def dataset_name(settings: Dict[str, Any]) -> Tuple[str, str]:
     prepared = Path(folder) / 'prepared.json'
     if not key and prepared.is_file():
         try:
-            key = str(json.loads(prepared.read_text(encoding='utf-8'))['dataset'])
+            key = json.loads(prepared.read_text(encoding='utf-8'))['dataset']
+            if not isinstance(key, str) or not key:
+                raise ValueError
         except (ValueError, KeyError, TypeError):
             raise ValueError(f'{str(prepared)!r} is damaged: it does not say which data set this is.') from None
-    key = key or Path(folder).resolve().name
+    key = re.sub(r'[|<>`\s]+', '_', key or Path(folder).resolve().name)  # fit for a table and a file's name
     return key, DATASETS[key].name if key in DATASETS else key

@@ -69,6 +69,8 @@ class KeyValues(argparse.Action):
                 found[name] = ast.literal_eval(rest[0])
             except (SyntaxError, ValueError):
                 found[name] = rest[0]
+            except (MemoryError, RecursionError, TypeError):
+                raise argparse.ArgumentError(self, f'cannot read the value of {name}: {_cut(rest[0], 60)}') from None
         setattr(namespace, self.dest, found)
 
 

@@ -37,7 +37,9 @@ class SampledConv2d(nn.Conv2d):
 def sample_first(net: nn.Module) -> None:
     """Turn the strided 1x1 convolutions of a net that could meet that fault into SampledConv2d, in place."""
     for conv in net.modules():
-        if type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.stride != (1, 1) and conv.in_channels % 16:
+        if type(conv) is not nn.Conv2d or conv.padding not in ((0, 0), 'valid'):
+            continue
+        if conv.kernel_size == (1, 1) and conv.stride != (1, 1) and conv.in_channels % 16:
             conv.__class__ = SampledConv2d
 
 

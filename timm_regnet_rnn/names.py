@@ -37,7 +37,9 @@ def parse_name(name: str) -> Name:
     Raises:
         ValueError: It is no name of a RegNet of ours or of its ResNet.
     """
-    match = re.fullmatch(r'(?:(se)?regnet_(conv[a-z]+)_|(?:cifar_)?(se)?resnet_?)(\d+)(?:\.(.+))?', name)
-    if not match:
+    form = r'(?:(se)?regnet_(conv(?:rnn|gru|lstm))_|(cifar_)?(se)?resnet(_?))([0-9]+)(?:\.(.+))?'
+    match = re.fullmatch(form, name)
+    depths = (*CIFAR_DEPTHS, *IMAGENET_DEPTHS) if match and match[2] else CIFAR_DEPTHS if match and match[3] else None
+    if not match or bool(match[3]) != bool(match[5]) or (depths and int(match[6]) not in depths):
         raise ValueError(f'{name!r} is no name such as regnet_convlstm_20, seregnet_convgru_50.TAG or cifar_resnet_20.')
-    return Name(bool(match[1] or match[3]), match[2] or '', int(match[4]), match[5] or '')
+    return Name(bool(match[1] or match[4]), match[2] or '', int(match[6]), match[7] or '')

@@ -95,9 +95,8 @@ def check_batch(batch: int, images: int) -> None:
         ValueError: In one line.
     """
     if images and images < batch:
-        raise ValueError(
-            f'a batch of {batch} out of {images} training images: give --batch-size {max(2, images // 8)} or so.'
-        )
+        more = f'give --batch-size {max(2, images // 8)} or so' if images > 1 else 'training takes two at least'
+        raise ValueError(f'a batch of {batch} out of {images} training images: {more}.')
 
 
 def average_warning(settings: Dict[str, Any], images: int) -> str:
@@ -111,10 +110,10 @@ def average_warning(settings: Dict[str, Any], images: int) -> str:
     memory = 1 / max(1e-9, 1 - settings['model_ema_decay'])
     if updates >= 3 * memory:
         return ''
-    decay = 1 - 10 / max(updates, 20)
+    decay = round(1 - 10 / max(updates, 20), len(str(updates)))  # remembers a tenth of the run
     return (
         f'{updates} updates are few for averaged weights of decay {settings["model_ema_decay"]}, which remember '
-        f'{memory:.0f}: their accuracy will lag behind. Give --model-ema-warmup, or --model-ema-decay {decay:.3f}.'
+        f'{memory:.0f}: their accuracy will lag behind. Give --model-ema-warmup, or --model-ema-decay {decay:.10g}.'
     )
 
 

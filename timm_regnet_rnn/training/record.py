@@ -78,16 +78,10 @@ def learning_curve(output: Path) -> List[Dict[str, float]]:
             values = dict(zip(header, cells))
             try:
                 epoch, lr, train_loss = int(values['epoch']) + 1, float(values['lr']), float(values['train_loss'])
+                tested = [float(values.get(f'eval_{name}', 'nan')) for name in ('loss', 'top1', 'top5')]
             except (KeyError, ValueError):
-                raise ValueError(f'{str(file)!r} is damaged: it needs epoch, lr and train_loss.') from None
-            rows[epoch] = dict(
-                epoch=epoch,
-                lr=lr,
-                train_loss=train_loss,
-                eval_loss=float(values.get('eval_loss', 'nan')),
-                top1=float(values.get('eval_top1', 'nan')),
-                top5=float(values.get('eval_top5', 'nan')),
-            )
+                raise ValueError(f'{str(file)!r} is damaged: it needs epoch, lr and train_loss, as numbers.') from None
+            rows[epoch] = dict(zip(CURVE, [epoch, lr, train_loss, *tested]))
     return [rows[epoch] for epoch in sorted(rows)]
 
 
@@ -180,6 +174,8 @@ def code_commit() -> str:
     """The commit of the checkout that this package runs from, `-dirty` if its files differ; empty outside of one."""
     git = ['git', '-C', str(Path(__file__).parents[1])]
     try:
+        # an installed copy may lie in somebody's repository, which does not know its files
+        subprocess.run([*git, 'ls-files', '--error-unmatch', __file__], capture_output=True, check=True)
         name = subprocess.run([*git, 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True, check=True)
         changes = subprocess.run(
             [*git, 'status', '--porcelain', '-uno', '.'], capture_output=True, text=True, check=True

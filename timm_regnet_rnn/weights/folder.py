@@ -199,7 +199,8 @@ def pull_folder(name: str, to: Union[str, Path], cache_dir: Optional[Union[str, 
     if not hub and not run and not known:
         raise ValueError(f'no pretrained weights are called {name!r}; `timm-regnet-rnn list` prints the tags.')
     if run:
-        called = (run if run.is_dir() or run.suffix == '.safetensors' else run.parent).resolve().stem
+        one = run.resolve()
+        called = one.name if one.is_dir() else one.stem if one.suffix == '.safetensors' else one.parent.name
     else:
         called = hub.partition('@')[0].split('/')[-1] or name
     folder = Path(to) / called
