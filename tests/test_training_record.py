@@ -36,8 +36,9 @@ def test_a_learning_curve_is_whole_however_often_the_run_was_cut(tmp_path_factor
         lines.append('epoch,train_loss,eval_loss,eval_top1,eval_top5,lr')
         stop = data.draw(st.integers(start + 1, epochs))
         for epoch in range(start, stop):
-            last[epoch + 1] = data.draw(st.floats(0, 100))
-            lines.append(f'{epoch},1.0,2.0,{last[epoch + 1]!r},99.0,0.1')
+            last[epoch + 1] = data.draw(st.integers(0, 10_000)) / 100
+            mean = last[epoch + 1] * (1 - 1e-8)  # as train.py's averages are, in float32
+            lines.append(f'{epoch},1.0,2.0,{mean!r},99.0,0.1')
         start = stop if stop == epochs else data.draw(st.integers(max(0, stop - 1), stop))
     if data.draw(st.booleans()):
         lines.append(f'{epochs},1.0,2')  # cut off by a kill

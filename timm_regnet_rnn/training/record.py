@@ -77,11 +77,12 @@ def learning_curve(output: Path) -> List[Dict[str, float]]:
         elif len(cells) == len(header):
             values = dict(zip(header, cells))
             try:
-                epoch, lr, train_loss = int(values['epoch']) + 1, float(values['lr']), float(values['train_loss'])
-                tested = [float(values.get(f'eval_{name}', 'nan')) for name in ('loss', 'top1', 'top5')]
+                epoch, names = int(values['epoch']) + 1, ('eval_loss', 'eval_top1', 'eval_top5')
+                found = [values['lr'], values['train_loss'], *(values.get(name, 'nan') for name in names)]
+                numbers = [float(f'{float(text):.6g}') for text in found]  # 26.99999966430664 is what a mean leaves of 27
             except (KeyError, ValueError):
                 raise ValueError(f'{str(file)!r} is damaged: it needs epoch, lr and train_loss, as numbers.') from None
-            rows[epoch] = dict(zip(CURVE, [epoch, lr, train_loss, *tested]))
+            rows[epoch] = dict(zip(CURVE, [epoch, *numbers]))
     return [rows[epoch] for epoch in sorted(rows)]
 
 
