@@ -79,7 +79,7 @@ def learning_curve(output: Path) -> List[Dict[str, float]]:
             try:
                 epoch, names = int(values['epoch']) + 1, ('eval_loss', 'eval_top1', 'eval_top5')
                 found = [values['lr'], values['train_loss'], *(values.get(name, 'nan') for name in names)]
-                numbers = [float(f'{float(text):.6g}') for text in found]  # 26.99999966430664 is what a mean leaves of 27
+                numbers = [float(f'{float(text):.6g}') for text in found]  # a mean leaves 26.9999997 of 27
             except (KeyError, ValueError):
                 raise ValueError(f'{str(file)!r} is damaged: it needs epoch, lr and train_loss, as numbers.') from None
             rows[epoch] = dict(zip(CURVE, [epoch, *numbers]))
