@@ -536,7 +536,8 @@ def test_download(kind, server, tmp_path, monkeypatch, place, capsys):
     )
     first = ['--to', str(place / 'data')]
     assert prepare_data.main([kind, *first]) == 2  # the server has nothing yet
-    assert capsys.readouterr().err.startswith('prepare_data: HTTP Error 404')
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f'prepare_data: cannot fetch {server}') and '404' in error and '--from' in error
     assert not (place / 'data').exists()
     for name, data in files.items():
         prepare_data.write(tmp_path / 'public' / name, data)
