@@ -15,7 +15,7 @@ import timm
 import torch
 
 from benchmarks.speed import Case, interleaved, make_step
-from timm_regnet_rnn.complexity import complexity
+from timm_regnet_rnn.complexity import complexity, on_meta
 from timm_regnet_rnn.conv_rnn import CELLS
 from timm_regnet_rnn.training.record import device_name
 
@@ -40,7 +40,7 @@ def measure(
     for cell, name in names.items():
         model = timm.create_model(name, **kwargs).to(device, memory_format=torch.channels_last)
         steps[cell] = make_step(Case(work, name, batch), model.train(work == 'training'), device, size), 'fused'
-        macs[cell] = complexity(timm.create_model(name, device='meta', **kwargs).eval(), (3, size, size))['macs']
+        macs[cell] = complexity(on_meta(name, **kwargs).eval(), (3, size, size))['macs']
     found = interleaved(steps, rounds, device)
     ratios = {cell: [own / base for own, base in zip(found[cell], found[''])] for cell in CELLS}
     return ratios | {f'allowed {cell}': [macs[cell] / macs['']] for cell in CELLS}

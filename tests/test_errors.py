@@ -12,7 +12,7 @@ import sys
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from test_cli import CAT, NAMES, refused
 from timm.utils import ParseKwargs
@@ -155,7 +155,11 @@ VALUE = st.one_of(
 @given(st.lists(st.tuples(NAME, VALUE), max_size=4))
 def test_names_and_values_are_timms(pairs):
     words = [f'{name}={value}' for name, value in pairs]
-    assert words_of(KeyValues, words) == words_of(ParseKwargs, words)
+    try:
+        timms = words_of(ParseKwargs, words)
+    except SyntaxError:  # timm up to 1.0.20 takes fewer
+        reject()
+    assert words_of(KeyValues, words) == timms
 
 
 @pytest.mark.parametrize('word', ['a', '=1', 'a=1=2', ''])

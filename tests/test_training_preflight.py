@@ -186,7 +186,7 @@ def test_how_long_timms_schedule_is(changes, epochs):
     settings.update(changes)
     assert total_epochs(settings) == epochs
     with pytest.raises(ValueError, match='the schedule cannot be built'):
-        total_epochs({**settings, 'sched': 'nosuch'})
+        total_epochs({**settings, 'sched': 'cosine', 'epochs': 'ten'})
 
 
 def test_room_for_the_checkpoints(tmp_path, monkeypatch):

@@ -2,12 +2,28 @@
 
 from typing import Any, Dict, Optional, Sequence
 
+import timm
 import torch
 import torch.nn as nn
 
 from .conv_rnn import RegulatorCell
 
-__all__ = ['complexity']
+__all__ = ['complexity', 'on_meta']
+
+
+def on_meta(name: str, **kwargs: Any) -> Any:
+    """A model of timm on the meta device, without memory for its weights.
+
+    Args:
+        name: The model.
+        **kwargs: As for `timm.create_model`.
+    """
+    try:
+        return timm.create_model(name, device='meta', **kwargs)
+    except TypeError as e:
+        if "'device'" not in str(e):
+            raise
+        return timm.create_model(name, **kwargs).to('meta')  # timm's own up to 1.0.20, and some since, take no device
 
 
 def complexity(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> Dict[str, Any]:

@@ -39,7 +39,7 @@ def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
     Raises:
         ValueError: In one line.
     """
-    import timm
+    from ..complexity import on_meta
 
     name, kwargs = settings['model'], dict(settings['model_kwargs'])
     check_name(name)
@@ -48,7 +48,7 @@ def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
     if settings['gp'] is not None:
         kwargs['global_pool'] = settings['gp']
     try:
-        model = timm.create_model(name, device='meta', **kwargs)
+        model = on_meta(name, **kwargs)
     except Exception as e:  # timm's factories say a wrong name by KeyError, AssertionError and more
         raise ValueError(f'cannot build {name!r}: {one_line(e)}') from None
     size, info = settings['input_size'], getattr(model, 'feature_info', None)

@@ -205,7 +205,7 @@ def make_row(
     import torchvision
 
     from .. import __version__
-    from ..complexity import complexity
+    from ..complexity import complexity, on_meta
 
     curve = learning_curve(output)
     if not curve:
@@ -215,7 +215,7 @@ def make_row(
     size = settings['input_size']
     if size:
         kwargs['in_chans'] = size[0]
-    model = timm.create_model(settings['model'], device='meta', **{k: v for k, v in kwargs.items() if v is not None})
+    model = on_meta(settings['model'], **{k: v for k, v in kwargs.items() if v is not None})
     counts = complexity(model.eval(), size)
     images = throughput(output)
     versions = dict(timm_regnet_rnn=__version__, timm=timm.__version__, torch=torch.__version__)
