@@ -193,3 +193,8 @@ def test_the_number_that_is_advised_is_right(number):
     (problem,) = check_recipe(dict(lr=repr(number)), OPTIONS)
     assert yaml.safe_load(problem.split('; write ')[1].split(' (')[0]) == number
     assert check_recipe(dict(lr=number), OPTIONS) == []
+
+
+def test_a_device_is_not_read_without_end():
+    with pytest.raises(ValueError, match="cannot read recipe '/dev/zero': it is no regular file"):
+        load_recipe('/dev/zero')

@@ -357,6 +357,8 @@ def test_bad_input_is_one_line(hub, client, tmp_path):
         ([good, *to, '--data-dir', tmp_path / 'nowhere'], 'nowhere'),
         ([good, *to, '--model-kwargs', 'a'], '--model-kwargs'),
         ([tmp_path, *to], 'no checkpoint in folder'),
+        ([good, *to, '--labels', '/dev/zero'], "no file '/dev/zero'"),
+        ([good, *to, '--results', '/dev/zero'], "'/dev/zero' is no regular file"),
     ):
         assert words in client.fails(*args), (args, words)
     assert not hub.requests
@@ -377,6 +379,10 @@ def test_a_run_is_pushed_by_its_folder(hub, client, tmp_path):
     config = json.loads((tmp_path / 'kept' / 'config.json').read_text())
     assert config['label_names'] == ['cat', 'dog']
     assert '71.50' in (tmp_path / 'kept' / 'README.md').read_text()
+    row['recipe'], row['dataset'] = 'cifar_short', 'CIFAR-10, JPEG q75 mirror'  # which has rows, but not these
+    (tmp_path / 'run' / 'result.json').write_text(json.dumps(row))
+    assert client.push(file.parent, '--repo-id', 'org/mine', '--dry-run')[0] == 0
+    assert client.push(file.parent, '--repo-id', 'org/mine', '--dry-run', '--results', tmp_path / 'none.csv')[0] == 0
     sent = load_file(tmp_path / 'kept' / 'model.safetensors')
     assert torch.equal(sent['fc.bias'], net.state_dict()['fc.bias'] + 1)  # averaged, as training measures
     error = client.fails(file.parent, '--repo-id', 'org/live', '--no-ema')

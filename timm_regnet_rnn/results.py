@@ -188,6 +188,8 @@ T = TypeVar('T')
 
 def read_csv(path: Path, columns: Sequence[str], convert: Callable[[Mapping[Any, Any]], T]) -> List[T]:
     """`convert` of each row; what it raises gets the line."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f'{str(path)!r} is no regular file.')
     with open(path, newline='', encoding='utf-8-sig') as file:
         reader = csv.DictReader(file, strict=True)
         try:

@@ -127,6 +127,8 @@ def load_yaml(path: Union[str, Path], kind: str, folder: Path) -> Dict[str, Any]
 
     where = f'{kind} {str(path)!r}'
     try:
+        if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+            raise OSError(0, 'it is no regular file')
         text = Path(path).read_text(encoding='utf-8')
     except FileNotFoundError:
         hint = did_you_mean(Path(path).stem, [file.stem for file in folder.glob('*.yaml')])

@@ -38,8 +38,8 @@ def describe(name: str) -> str:
 def compare(run: Optional[results.Run], groups: Dict[Any, Any]) -> str:
     """The table of a run's model and its ResNet, trained alike."""
     resnet = run and results.resnet_of(run.label)
-    rows = groups[run.group] if run else {}
-    if run is None or not resnet or resnet not in rows:
+    rows = groups.get(run.group, {}) if run else {}
+    if run is None or not resnet or not {resnet, run.label} <= rows.keys():
         return (
             'No ResNet was trained beside these very weights, so they are no evidence for or against the regulator. '
             'Runs side by side are in the README of timm_regnet_rnn.'

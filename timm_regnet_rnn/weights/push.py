@@ -214,6 +214,8 @@ def load(args: argparse.Namespace) -> Trained:
         trained = Trained(model, args.tag, {}, data_config=resolve_data_config(model=model))
         trained.labels, trained.file = list(RELEASED[args.tag]['labels'] or ()), pull(hub_id(args.tag))
     if args.labels:
+        if not Path(args.labels).is_file():
+            raise UsageError(f'no file {args.labels!r}.')
         trained.labels = Path(args.labels).read_text(encoding='utf-8').splitlines()
         if len(trained.labels) != trained.model.num_classes:
             raise UsageError(
