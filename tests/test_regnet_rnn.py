@@ -8,13 +8,15 @@ import pytest
 import timm
 import torch
 from conftest import randomize
-from timm.models import group_parameters
+from timm.models import generate_default_cfgs, group_parameters
 from timm.optim import create_optimizer_v2
 
 import timm_regnet_rnn
 from timm_regnet_rnn import regnet_rnn
 from timm_regnet_rnn.complexity import complexity
+from timm_regnet_rnn.datasets import DATASETS
 from timm_regnet_rnn.regulated_resnet import RegulatedResNet, RegulatedStage
+from timm_regnet_rnn.weights.manifest import RELEASED
 
 NAMES = timm.list_models(module='regnet_rnn')
 GOLDEN = json.loads((Path(timm_regnet_rnn.__file__).parent / 'model_complexity.json').read_text())
@@ -194,3 +196,24 @@ def test_import_is_cheap():
     )
     out = subprocess.run([sys.executable, '-c', code], check=True, capture_output=True, text=True).stdout
     assert out.strip() == "['timm_regnet_rnn'] 1"
+
+
+def test_weights_for_other_images_are_nobodys_default(monkeypatch):
+    """Ten classes of clothes in grey are not CIFAR-10, and a hundred classes are not either."""
+    known = RELEASED['regnet_convlstm_20.cifar10_jpeg75']
+    grey = {**known, 'labels': [f'coat {i}' for i in range(10)], 'data_config': {'mean': [0.286], 'std': [0.353]}}
+    released = {'cifar_resnet_56.grey': grey, 'regnet_convgru_56.grey': grey, 'regnet_convgru_56.usual': known}
+    monkeypatch.setattr(regnet_rnn, 'RELEASED', {**RELEASED, **released})
+    monkeypatch.setattr(regnet_rnn, 'hub_id', lambda name: f'org/{name}')
+    defaults = generate_default_cfgs(regnet_rnn._default_cfgs())
+    assert [*defaults['cifar_resnet_56'].tags] == ['', 'grey']
+    assert [*defaults['regnet_convgru_56'].tags] == ['usual', 'grey']
+    for name in (
+        'cifar_resnet_20',
+        'cifar_resnet_56',
+        'regnet_convgru_56',
+        'regnet_convlstm_20',
+        'seregnet_convrnn_20',
+    ):
+        cfg = defaults[name].default
+        assert cfg.label_names == DATASETS['cifar10'].labels and cfg.num_classes == 10 and len(cfg.mean) == 3

@@ -370,7 +370,7 @@ def folders(tmp_path_factory):
 
 LISTED = dict(
     ablation=(12, 'regnet_convlstm_20-share_regulator-False-cifar_short-tiny_imagenet100_32-e4-'),
-    cpu_cifar10=(12, 'regnet_convgru_20-cifar_short-cifar10_jpeg75-e15-s2'),
+    cpu_cifar10=(12, 'regnet_convgru_20-cifar_short-cifar10_jpeg75-e4-s2'),
     cpu_fashion=(6, 'seregnet_convlstm_20-fashion_mnist-fashion_mnist-e10-s0'),
     cpu_tiny100=(15, 'regnet_convlstm_20-regulator-fuse-cifar_short-tiny_imagenet100_32-e4-'),
     gpu_half_hour=(6, 'regnet_convlstm_20-cifar_paper-cifar10-e200-s0'),

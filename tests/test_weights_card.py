@@ -1,16 +1,18 @@
 """The model card: what it says of the weights, and of the run behind them."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import timm
+import torch
 from safetensors import safe_open
 from test_weights_push import ROW, checkpoint, results
 from timm.data import resolve_data_config
 
 from timm_regnet_rnn.results import parse
 from timm_regnet_rnn.weights.card import compare, describe, make_card, sizes
-from timm_regnet_rnn.weights.folder import Trained
+from timm_regnet_rnn.weights.folder import Trained, rebuild
 
 
 @pytest.mark.slow
@@ -159,3 +161,15 @@ def test_a_card_of_a_run():
 def test_what_it_was_trained_from_is_said_only_where_it_is_proved(settings, base):
     net = trained('regnet_convlstm_18.resnet18_a1_in1k', settings, num_classes=4)
     assert make_card(net, 'org/net').data.to_dict().get('base_model') == base
+
+
+def test_a_fine_tuned_checkpoint_says_what_it_started_from(tmp_path):
+    args = Namespace(model='regnet_convlstm_18.resnet18_a1_in1k', model_kwargs={}, pretrained=True, seed=0)
+    net = timm.create_model('regnet_convlstm_18', num_classes=3)
+    torch.save(dict(state_dict=net.state_dict(), args=args, epoch=1, optimizer={}), tmp_path / 'last.pth.tar')
+    assert make_card(rebuild(tmp_path), 'org/net').data.to_dict()['base_model'] == 'timm/resnet18.a1_in1k'
+
+
+def test_a_recipe_of_somebodys_own_is_not_called_ours():
+    net = trained(settings=dict(data_dir='/data', dataset=''))
+    assert 'timm-regnet-rnn train mine.yaml --model' in make_card(net, 'org/net', run_of(recipe='mine')).text

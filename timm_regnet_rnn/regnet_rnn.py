@@ -158,15 +158,15 @@ def _released_cfg(name: str, entry: Dict[str, Any]) -> Dict[str, Any]:
 
 
 def _default_cfgs() -> Dict[str, Dict[str, Any]]:
-    """Every model's configurations, those with weights by tag; without a tag a CIFAR model has ten classes, always."""
-    released = sorted(RELEASED, key=lambda name: RELEASED[name]['num_classes'] != 10)
+    """Every model's configurations, those with weights by tag; without a tag a CIFAR model is for CIFAR-10, always."""
+    released = sorted(RELEASED, key=lambda name: tuple(RELEASED[name]['labels'] or ()) != CIFAR10.labels)
     cfgs = {name: _released_cfg(name, RELEASED[name]) for name in released}
     for se in ('', 'se'):
         for prefix in (f'cifar_{se}resnet', *(f'{se}regnet_{cell}' for cell in CELLS)):
             names = (f'{prefix}_{depth}' for depth in CIFAR_DEPTHS)
             for name in names:
                 tagged = [cfg for key, cfg in cfgs.items() if key.startswith(f'{name}.')]
-                if not tagged or tagged[0]['num_classes'] != 10:
+                if not tagged or tagged[0]['label_names'] != CIFAR10.labels:
                     cfgs[f'{name}.*' if tagged else name] = _cifar_cfg()  # '*' makes it the default one
         for prefix in (f'{se}regnet_{cell}' for cell in CELLS):
             for depth in IMAGENET_DEPTHS:

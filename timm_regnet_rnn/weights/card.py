@@ -88,16 +88,17 @@ def make_card(
             f"With the recipe `{recipe}`, {epochs} epochs, seed {facts['seed']}{average}, by timm's own train.py."
         )
         started = name if entry else trained.name  # from a tag, where it was fine-tuned
-        words = f'timm-regnet-rnn train train_recipes/{recipe}.yaml --model {started} --data-dir DIR'
+        file = f'train_recipes/{recipe}.yaml' if recipe in results.EPOCHS else f'{recipe}.yaml'  # or somebody's own
+        words = f'timm-regnet-rnn train {file} --model {started} --data-dir DIR'
         kwargs = f' --model-kwargs {run.model_kwargs}' if run and run.model_kwargs else ''
         command = f'{words} --seed {facts["seed"]}{kwargs} {facts.get("overrides") or ""}'.rstrip()
     elif trained.settings:
         said = ', '.join(f'{key} {trained.settings[key]}' for key in SETTINGS if trained.settings.get(key) is not None)
         training = f"By timm's own train.py: {said}; {epochs or 'an unknown number of'} epochs behind these weights."
     # only what the run proves: weights that timm fetched by name, not a file that took their place
-    cfg: Any = trained.model.pretrained_cfg
+    cfg: Any = timm.get_pretrained_cfg(trained.name)
     own = trained.settings.get('pretrained_path') or trained.settings.get('initial_checkpoint')
-    base = cfg.get('hf_hub_id') if trained.settings.get('pretrained') and not own else None
+    base = cfg.hf_hub_id if trained.settings.get('pretrained') and not own else None
     limits = ['It classifies; it was not tested for anything else, nor for fairness or robustness.']
     if 'JPEG' in dataset:
         limits.append('Its data are a lossy JPEG mirror: compare its figures with those from the same files only.')

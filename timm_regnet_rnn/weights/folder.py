@@ -81,7 +81,8 @@ def rebuild(
     if model and not is_model_in_modules(model.split('.')[0], ['regnet_rnn']):
         raise UsageError(refuse.format(model))
     net, tensors, settings, info = from_file(file, model, ema, model_kwargs)
-    name = settings.get('model') or info.get('model') or model or ''
+    stated = settings.get('model') or info.get('model')
+    name = stated if isinstance(stated, str) else model or ''
     if not is_model_in_modules(name.split('.')[0], ['regnet_rnn']):
         raise UsageError(refuse.format(name))
     if net.state_dict().keys() != tensors.keys():  # a ResNet's, which would start a RegNet

@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence
 
@@ -57,8 +56,8 @@ def find_run(groups: Dict[Any, Any], trained: Trained, checkpoint: Path, name: O
     folder = path if path.is_dir() else path.parent
     run = runs.get(folder.name if name is None else name)
     if name is None and (folder / 'result.json').is_file():
-        with suppress(ValueError):  # a recipe of somebody's own: there is no table that the row could stand in
-            run = results.parse({key: str(value) for key, value in read_result(folder / 'result.json').items()})
+        row = {name: '' for name in results.COLUMNS} | read_result(folder / 'result.json')
+        run = results.parse({key: str(value) for key, value in row.items()})
     if name and run is None:
         raise UsageError(f'results.csv has no run {name!r}.')
     if run is None:
