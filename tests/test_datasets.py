@@ -56,6 +56,16 @@ def test_the_data_set_of_a_run(tmp_path, dataset, noted, found):
         assert dataset_name(dict(dataset=dataset, data_dir=data_dir)) == found
 
 
+def test_held_out_images_make_another_data_set(tmp_path):
+    """Its rows stand in no table beside those of nets that saw every training image."""
+    (tmp_path / 'prepared.json').write_text(json.dumps(dict(dataset='cifar10', held_out=5000)))
+    key, name = dataset_name(dict(data_dir=tmp_path))
+    assert (key, name) == ('cifar10-held5000', 'CIFAR-10, 5,000 training images held out')
+    assert labels_of(name) == labels_of('CIFAR-10') != ()
+    (tmp_path / 'prepared.json').write_text(json.dumps(dict(dataset='cifar10', held_out=0)))
+    assert dataset_name(dict(data_dir=tmp_path)) == ('cifar10', 'CIFAR-10')
+
+
 def test_the_folder_here_has_a_name_too(tmp_path, monkeypatch):
     (tmp_path / 'cats').mkdir()
     monkeypatch.chdir(tmp_path / 'cats')
@@ -78,6 +88,9 @@ def test_the_folder_here_has_a_name_too(tmp_path, monkeypatch):
         '\x00',
         '{"dataset": null}',
         '{"dataset": 3}',
+        '{"dataset": "cifar10", "held_out": "5000"}',
+        '{"dataset": "cifar10", "held_out": true}',
+        '{"dataset": "cifar10", "held_out": -1}',
     ],
 )
 def test_a_damaged_note_is_said(tmp_path, text):

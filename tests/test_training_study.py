@@ -31,7 +31,7 @@ OPTIONS = json.loads((ROOT / 'train_recipes' / 'options.json').read_text(encodin
 TINY = dict(layers=[1, 1, 1])
 
 
-def make_data(root, classes, train, test, size=32, splits=('train', 'test'), key=None):
+def make_data(root, classes, train, test, size=32, splits=('train', 'test'), key=None, **note):
     """A folder data set of grey squares, one file hard-linked everywhere."""
     root.mkdir(parents=True, exist_ok=True)
     for split, count, side in ((splits[0], train, size), (splits[1], test, 32)):
@@ -42,7 +42,7 @@ def make_data(root, classes, train, test, size=32, splits=('train', 'test'), key
             for i in range(count):
                 os.link(file, root / split / f'c{name:03}' / f'{i}.png')
     if key:
-        (root / 'prepared.json').write_text(json.dumps(dict(dataset=key)))
+        (root / 'prepared.json').write_text(json.dumps(dict(note, dataset=key)))
     return root
 
 
@@ -361,23 +361,26 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp('folders')
     make_data(root / 'tiny_imagenet100_32', 100, 2, 1, key='tiny_imagenet100_32')
     make_data(root / 'cifar10_jpeg75', 10, 20, 1, key='cifar10_jpeg75')
+    splits = ('train', 'val')
+    make_data(root / 'cifar10_jpeg75_held5000', 10, 20, 1, splits=splits, key='cifar10_jpeg75', held_out=5000)
     make_data(root / 'fashion_mnist', 10, 20, 1, size=28, key='fashion_mnist')
     make_data(root / 'cifar10_pad4', 10, 20, 1, size=40, key='cifar10')
     make_data(root / 'cifar100_pad4', 100, 2, 1, size=40, key='cifar100')
-    make_data(root / 'imagenet', 1000, 1, 1, size=256, splits=('train', 'val'))
+    make_data(root / 'imagenet', 1000, 1, 1, size=256, splits=splits)
     return root
 
 
 LISTED = dict(
     ablation=(12, 'regnet_convlstm_20-share_regulator-False-cifar_short-tiny_imagenet100_32-e4-'),
     cpu_cifar10=(12, 'regnet_convgru_20-cifar_short-cifar10_jpeg75-e4-s2'),
-    cpu_fashion=(6, 'seregnet_convlstm_20-fashion_mnist-fashion_mnist-e10-s0'),
+    cpu_fashion=(6, 'seregnet_convlstm_20-fashion_mnist-fashion_mnist-e2-s0'),
     cpu_tiny100=(15, 'regnet_convlstm_20-regulator-fuse-cifar_short-tiny_imagenet100_32-e4-'),
     gpu_half_hour=(6, 'regnet_convlstm_20-cifar_paper-cifar10-e200-s0'),
     imagenet=(4, 'regnet_convlstm_50-imagenet_paper-imagenet-e100-s0'),
     paper_cifar10=(48, 'seregnet_convgru_20-cifar_paper-cifar10-e200-s1'),
     paper_cifar100=(48, 'regnet_convrnn_56-cifar_paper-cifar100-e200-s2'),
     position=(6, 'regnet_convlstm_20-regulated_stages-2-cifar_short-tiny_imagenet100_32-e4-'),
+    recipe_trials=(7, 'cifar_resnet_20-cifar_short-cifar10_jpeg75-held5000-e4-lr-0.4-val-split-val-s0'),
 )
 
 

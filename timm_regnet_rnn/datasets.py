@@ -30,6 +30,7 @@ _FASHION = (
     *('T-shirt/top', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot'),
 )
 _CIFAR_MEAN, _CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+HELD_OUT = ', {:,} training images held out'
 
 # by the key that prepare_data.py notes in prepared.json
 DATASETS: Dict[str, Dataset] = dict(
@@ -45,22 +46,28 @@ DATASETS: Dict[str, Dataset] = dict(
 
 def labels_of(name: str) -> Tuple[str, ...]:
     """The labels of a data set by the name that tables give it, () where they are not known."""
+    name = re.sub(HELD_OUT.replace('{:,}', r'[\d,]+') + '$', '', name)
     return next((dataset.labels for dataset in DATASETS.values() if dataset.name == name), ())
 
 
 def dataset_name(settings: Dict[str, Any]) -> Tuple[str, str]:
-    """Key and name of the data set: what prepare_data.py noted, torchvision's, or else the folder's name."""
+    """Key and name of the data set: what prepare_data.py noted, torchvision's, or else the folder's name.
+
+    A set of which training images are held out is another one: fewer train, and others may be what is measured on.
+    """
     dataset, folder = settings.get('dataset') or '', settings.get('data_dir')
     if not isinstance(dataset, str) or not isinstance(folder, (str, Path)):
         raise ValueError(f'dataset and data_dir must be texts; got {dataset!r} and {folder!r}.')
-    key = dataset.split('/')[-1]
+    key, held_out = dataset.split('/')[-1], 0
     prepared = Path(folder) / 'prepared.json'
     if not key and prepared.is_file():
         try:
-            key = json.loads(prepared.read_text(encoding='utf-8'))['dataset']
-            if not isinstance(key, str) or not key:
+            note = json.loads(prepared.read_text(encoding='utf-8'))
+            key, held_out = note['dataset'], note.get('held_out', 0)
+            if not isinstance(key, str) or not key or type(held_out) is not int or held_out < 0:
                 raise ValueError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise ValueError(f'{str(prepared)!r} is damaged: it does not say which data set this is.') from None
     key = re.sub(r'[|<>`\s]+', '_', key or Path(folder).resolve().name)  # fit for a table and a file's name
-    return key, DATASETS[key].name if key in DATASETS else key
+    name = DATASETS[key].name if key in DATASETS else key
+    return (f'{key}-held{held_out}', name + HELD_OUT.format(held_out)) if held_out else (key, name)
