@@ -112,13 +112,17 @@ def killed(begin, waits):
     raise AssertionError('the last start has no moment to be killed at')
 
 
-def ended_within(seconds):
-    """A wait for `killed`: some seconds, from the start on."""
+def after(folder, epochs, seconds):
+    """A wait for `killed`: until the run's summary has so many epochs, and for some seconds more."""
+    from timm_regnet_rnn.training.record import learning_curve
 
     def wait(child):
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(timeout=seconds)
-        return child.returncode is not None
+        while child.poll() is None and len(learning_curve(folder)) < epochs:
+            time.sleep(0.02)
+        end = time.monotonic() + seconds
+        while child.poll() is None and time.monotonic() < end:
+            time.sleep(0.02)
+        return child.poll() is not None
 
     return wait
 
@@ -187,20 +191,20 @@ def main():
     parser.add_argument('--folder', type=Path, required=True, help='a new folder')
     parser.add_argument('--steps', type=int, default=1000)
     parser.add_argument('--kills', type=int, default=12)
-    parser.add_argument('--pause', type=float, default=60, help='mean seconds from a start to a kill')
+    parser.add_argument('--pause', type=float, default=5, help='seconds after an epoch to a kill, at most')
     parser.add_argument('--seeds', type=int, default=4, help='unbroken runs')
     parser.add_argument('--jobs', type=int, default=2, help='runs at once')
     parser.add_argument('--seed', type=int, default=0, help='of the moments')
     args = parser.parse_args()
     root, epochs, draw = args.folder, args.steps // (TRAIN // BATCH), random.Random(args.seed)
     make_data(root / 'data')
-    moments = [draw.uniform(0, 2 * args.pause) for _ in range(args.kills)]
+    moments = [(draw.randrange(epochs), draw.uniform(0, args.pause)) for _ in range(args.kills)]
     names = ['killed', *(f'seed{i}' for i in range(args.seeds))]
 
     def run(name):
         words = command(root, name, 0 if name == 'killed' else int(name[4:]), epochs, args.timm_dir)
         begin = time.monotonic()
-        waits = [ended_within(moment) for moment in moments] if name == 'killed' else []
+        waits = [after(root / name, *moment) for moment in sorted(moments)] if name == 'killed' else []
         kills, status = killed(lambda: start(words, root / f'{name}.order'), waits)
         assert status == 0, (root / f'{name}.log').read_text()[-2000:]
         row, curve = check_whole(root, name, epochs)

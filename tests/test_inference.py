@@ -187,3 +187,13 @@ def test_an_older_checkpoint_is_said(run, capsys):
     status, _, err = call(capsys, 'predict', CAT, '--model', 'RUN')
     assert status == 0 and err.count('\n') == 1
     assert f"last.pth.tar' is damaged, or older; taking checkpoint-1.pth.tar, of {older['epoch']} epochs." in err
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_no_numbers_give_no_answer(value, run, capsys):
+    state = torch.load('RUN/last.pth.tar', weights_only=False)
+    state['state_dict_ema']['fc.bias'][0] = value
+    torch.save(state, 'RUN/last.pth.tar')
+    for command in ('predict', 'visualize'):
+        assert 'its weights hold NaN or infinity' in refused(capsys, command, CAT, '--model', 'RUN')
+    assert not Path('chelsea.html').exists()

@@ -328,6 +328,8 @@ def test_check_detects_a_changed_figure(project):
         ([dict(model='')], 'unknown model'),
         ([dict(recipe='secret')], "no recipe 'secret'"),
         ([dict(weights='best')], 'weights are last or ema'),
+        ([dict(commit='0123456')], "commit '0123456' is none"),
+        ([dict(commit='0123456789ab-dir')], "commit '0123456789ab-dir' is none"),
         ([dict(dataset=' ')], 'empty dataset'),
         ([dict(run='../run')], 'no file name'),
         ([dict(overrides='--aa a|b')], 'would break the table'),
@@ -552,3 +554,18 @@ def test_plots_without_runs_or_matplotlib(project, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     assert "pip install '.[plot]'" in project.refused('--plots', project.plots)
     assert project.call() == 0
+
+
+@pytest.mark.parametrize('file', ['curves/RUN.csv', 'early_exit.csv'])
+def test_a_cut_table_is_refused(project, file):
+    """Also where what is left of its last number is a number."""
+    run = row(top1=91.0)
+    project.write(run)
+    exits = project.results.parent / 'early_exit.csv'
+    exits.write_text(f'{",".join(results.EARLY_EXIT)}\nregnet_convlstm_20.x,100,40.1,60.2,83.9,0.3125\n')
+    assert project.call() == 0
+    path = project.results.parent / file.replace('RUN', run['run'])
+    text = path.read_text()
+    for cut in (1, 2, 3, 9):
+        path.write_text(text[:-cut])
+        assert f'{path.name}, line ' in project.refused()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import OPTIONS
-from soak import compare_weights, killed
+from soak import after, compare_weights, killed
 from timm.utils import CheckpointSaver, update_summary
 
 from timm_regnet_rnn import cli
@@ -58,18 +58,6 @@ class Forked:
             assert time.monotonic() < end, 'it does not end'
             time.sleep(0.02)
         return self.returncode
-
-
-def after(folder, epochs, seconds):
-    """A wait until the folder's summary has so many epochs, and for some seconds more."""
-
-    def wait(child):
-        while child.poll() is None and len(record.learning_curve(folder)) < epochs:
-            time.sleep(0.02)
-        time.sleep(seconds)
-        return child.poll() is not None
-
-    return wait
 
 
 def read(file):

@@ -298,8 +298,15 @@ def preprocessing(model: Model) -> Tuple[Dict[str, Any], Callable[[Union[str, Pa
 
 @torch.inference_mode()
 def probabilities(model: Model, x: torch.Tensor) -> torch.Tensor:
-    """Probabilities of the classes (B, N) for images (B, C, H, W), on the CPU in float32."""
-    return model(x).float().softmax(-1).cpu()
+    """Probabilities of the classes (B, N) for images (B, C, H, W), on the CPU in float32.
+
+    Raises:
+        ValueError: They are no numbers.
+    """
+    found = model(x).float().softmax(-1).cpu()
+    if not found.isfinite().all():
+        raise ValueError('the model computes no probabilities: its weights hold NaN or infinity, or numbers too large.')
+    return found
 
 
 def predictions(
