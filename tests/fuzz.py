@@ -161,7 +161,7 @@ def judge(target, status, folder, box, before, number, change):
     strays += [p.name for p in (folder / 'tmp').iterdir()]
     if outside or strays:
         return 'outside', (outside or str(strays)).strip().replace('\n', '; ')
-    errors = [line for line in lines if 'warning: ' not in line]
+    errors = [line for line in lines if 'warning: ' not in line and '; taking ' not in line]
     if status not in (0, 1, 2):
         return 'status', f'{status}: {last}'
     if status == 2 and not 1 <= len(errors) <= target.lines:

@@ -10,6 +10,7 @@ bit for bit. As a device module of train.py (`--device-modules timm_regnet_rnn s
 import argparse
 import contextlib
 import csv
+import functools
 import json
 import os
 import random
@@ -84,7 +85,9 @@ def start(words, order):
     path = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
     env = {**os.environ, 'SOAK_ORDER': str(order), 'OMP_NUM_THREADS': '1', 'PYTHONPATH': path}
     with order.with_suffix('.log').open('a') as log:
-        return subprocess.Popen(words, env=env, start_new_session=True, stdout=log, stderr=log)
+        # a shell's background jobs ignore Ctrl-C, and so would what they start
+        heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+        return subprocess.Popen(words, env=env, start_new_session=True, stdout=log, stderr=log, preexec_fn=heed)
 
 
 def killed(begin, waits):

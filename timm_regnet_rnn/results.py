@@ -262,7 +262,7 @@ def read_curves(groups: Groups, folder: Path) -> Dict[str, List[Dict[str, float]
     curves = {}
     for run in (run for rows in groups.values() for runs in rows.values() for run in runs):
         path = folder / f'{run.run}.csv'
-        curve = read_csv(path, CURVE, lambda row: {name: float(row[name]) for name in CURVE}, ended=True)
+        curve = read_csv(path, CURVE, lambda row: {name: float(whole(row)[name]) for name in CURVE}, ended=True)
         if [row['epoch'] for row in curve] != list(range(1, run.epochs + 1)):
             raise ValueError(f'{path.name} does not have the epochs 1 to {run.epochs}')
         curves[run.run] = curve

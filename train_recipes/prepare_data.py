@@ -26,6 +26,7 @@ import os
 import shutil
 import sys
 import tarfile
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -127,8 +128,10 @@ def decoded(data: bytes, path: PurePosixPath) -> Image.Image:
         UsageError: It is none, or broken.
     """
     try:
-        image = Image.open(io.BytesIO(data))
-        image.load()
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # a large picture is read, and a too large one is an error
+            image = Image.open(io.BytesIO(data))
+            image.load()
     except Exception as e:  # Pillow's decoders raise SyntaxError, IndexError, struct.error and more on broken files
         raise UsageError(f'cannot read the image {str(path)!r} ({one_line(e)}).') from None
     return image

@@ -335,7 +335,7 @@ def append_row(
 def _noted(note: Path, rows: Sequence[Mapping[str, str]]) -> Optional[Dict[str, Any]]:
     """The row in the note, if it is one of the rows."""
     try:
-        row = json.loads(note.read_text(encoding='utf-8'))
+        row = json.loads(note.read_text(encoding='utf-8')) if note.is_file() else {}
         words = {key: str(value) for key, value in row.items()}
     except (OSError, ValueError, AttributeError):  # there is none
         return None
