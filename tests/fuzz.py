@@ -84,7 +84,8 @@ def watch(box: Path, log: int) -> None:
             ):
                 os.write(log, f'{event} {words!r:.200}\n'.encode())
         if path:
-            full = os.path.realpath(path)
+            folder, last = os.path.split(path)  # a link itself is removed or replaced, not what it points to
+            full = os.path.realpath(path) if event == 'open' else os.path.join(os.path.realpath(folder or '.'), last)
             if not full.startswith(allowed):
                 os.write(log, f'{event} {path}\n'.encode())
 
