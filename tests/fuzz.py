@@ -104,6 +104,7 @@ def run_case(name: str, number: int, seed: int, base: Path, root: Path, keep: bo
     child = os.fork()
     if child == 0:
         status = 99
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         try:
             os.setsid()
             for stream, file in ((1, 'out'), (2, 'err')):
@@ -226,7 +227,10 @@ def main() -> int:
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix='fuzz-'))
 
+    cases: List[Case] = []
+
     def say(case: Case) -> None:
+        cases.append(case)
         if case.fault:
             print(f'{case.target} {case.number} [{case.change}] {case.fault}: {case.detail[:300]}', flush=True)
 
@@ -239,7 +243,9 @@ def main() -> int:
             print(case)
             print((folder / f'{name}-{args.again}' / 'err').read_text())
         return 0
-    cases = fuzz(args.only, args.cases, args.seed, folder, say)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped, it says what it has
+    with contextlib.suppress(KeyboardInterrupt):
+        fuzz(args.only, args.cases, args.seed, folder, say)
     print(table(cases))
     print(f'{len(cases)} cases, {sum(bool(case.fault) for case in cases)} faults, {time.monotonic() - start:.0f} s')
     return int(any(case.fault for case in cases))
