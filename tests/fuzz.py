@@ -32,6 +32,7 @@ from timm_regnet_rnn.ops.fused_cpu import cache_dir
 SECONDS = 60  # of processor time, for a case
 WALL = 600  # seconds, for a case that waits
 MEMORY = 3 << 30  # bytes, beyond what the process has when it is forked
+HANDLER = 'backslashreplace'  # Python's for stderr
 LONGEST = 700  # characters of a line
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
@@ -109,7 +110,7 @@ def run_case(name: str, number: int, seed: int, base: Path, root: Path, keep: bo
             os.setsid()
             for stream, file in ((1, 'out'), (2, 'err')):
                 os.dup2(os.open(folder / file, os.O_CREAT | os.O_WRONLY), stream)
-            sys.stdout, sys.stderr = os.fdopen(1, 'w', closefd=False), os.fdopen(2, 'w', closefd=False)
+            sys.stdout, sys.stderr = os.fdopen(1, 'w', closefd=False), os.fdopen(2, 'w', closefd=False, errors=HANDLER)
             os.chdir(box)
             tempfile.tempdir = str(folder / 'tmp')
             os.mkdir(tempfile.tempdir)

@@ -100,6 +100,7 @@ class Project:
         assert self.call(*argv) == 2
         assert self.readme.read_bytes() == before and not self.plots.exists()
         assert self.err.startswith('results: ') and self.err.count('\n') == 1 and self.err.endswith('\n'), self.err
+        assert len(self.err) < 600
         return self.err
 
     def tables(self):
@@ -317,6 +318,7 @@ def test_check_detects_a_changed_figure(project):
         ([dict(top1='')], 'top1 is no number'),
         ([dict(params='1e5')], 'params is no number'),
         ([dict(seed='x')], 'seed is no number'),
+        ([dict(seed='x' * 5000)], 'seed is no number'),
         ([dict(images_per_s='fast')], 'images_per_s is no number'),
         ([dict(top1='nan')], 'not percentages'),
         ([dict(top1=100.1, top5=100.2)], 'not percentages'),
