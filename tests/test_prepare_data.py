@@ -694,3 +694,12 @@ def test_a_picture_that_cannot_be_read_is_one_line(content, tiny, tmp_path, caps
     (tiny / 'train' / 'n02' / 'images' / 'n02_1.JPEG').write_bytes(content)
     refused(capsys, prepare_tiny(tiny, tmp_path / 'out', '--size', 32), 'cannot read the image', 'n02_1.JPEG')
     assert not (tmp_path / 'out').exists() and not (tmp_path / 'out.partial').exists()
+
+
+@pytest.mark.parametrize('pad', ['0', '4'])
+def test_a_stream_that_ends_early_is_one_line(jpeg, pad, monkeypatch, place, capsys):
+    """Though its sum be right."""
+    jpeg.source.write_bytes(jpeg.source.read_bytes()[:-40])
+    jpeg.expect(monkeypatch, sums={jpeg.source.name: md5(jpeg.source.read_bytes())})
+    refused(capsys, jpeg.run(place / 'data', '--pad', pad), 'end')
+    assert list(place.iterdir()) == []

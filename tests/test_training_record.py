@@ -221,7 +221,7 @@ def test_what_was_given_is_read_back_by_train_py():
 def test_a_summary_that_lost_its_end_gives_no_row(tmp_path):
     """A last line without its end is no line, even where what is left of it reads as numbers."""
     lines = ['epoch,train_loss,eval_loss,eval_top1,eval_top5,lr', '0,2.0,1.0,60.0,95.0,0.1', '1,1.5,0.9,55.5,96.0,0.05']
-    summary, row = tmp_path / 'summary.csv', dict.fromkeys(results.COLUMNS, '1') | dict(run='a', weights='last')
+    summary, row = tmp_path / 'summary.csv', dict.fromkeys(results.COLUMNS, '1') | dict(run='a', weights='last', commit='')
     for text, epochs in (('\n'.join([*lines, '']), 2), ('\n'.join(lines), 1), ('\n'.join([*lines[:2], '']), 1)):
         summary.write_text(text)
         curve = record.learning_curve(tmp_path)
@@ -272,14 +272,14 @@ def test_a_row_and_its_curve(tmp_path):
     (tmp_path / 'run' / 'summary.csv').write_text('\n'.join(lines) + '\n')
     told = dict(SETTINGS, model_kwargs={}, num_classes=10, in_chans=None, input_size=[3, 32, 32], device='cpu')
     told.update(model_ema=True, model_ema_force_cpu=False)
-    row, curve = record.make_row(told, Path('cifar_paper.yaml'), ['lr', 'seed'], tmp_path / 'run', 2, 'abc')
+    row, curve = record.make_row(told, Path('cifar_paper.yaml'), ['lr', 'seed'], tmp_path / 'run', 2, '0123456789ab')
     assert (row['top1'], row['top5'], row['best_top1'], row['best_epoch'], row['epochs']) == (55.5, 96.0, 60.0, 1, 2)
     assert (row['params'], row['macs']) == (
         307_418,
         complexity(timm.create_model(told['model'], device='meta'))['macs'],
     )
     assert (row['weights'], row['overrides'], row['dataset']) == ('ema', '--lr 0.05', 'CIFAR-10')
-    assert (row['processes'], row['commit'], row['images_per_s']) == (2, 'abc', '')
+    assert (row['processes'], row['commit'], row['images_per_s']) == (2, '0123456789ab', '')
     written = record.append_row(tmp_path / 'to' / 'results.csv', row, curve)
     again = record.append_row(tmp_path / 'to' / 'results.csv', row, curve)
     assert written['run'] == row['run'] and again['run'] == f'{row["run"]}-r2'

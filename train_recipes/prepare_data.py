@@ -22,6 +22,7 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import os
 import shutil
 import sys
@@ -386,7 +387,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for name, value, most in (('--size', args.size, spec.side), ('--classes', args.classes, spec.classes)):
         if value is not None and not 1 <= value <= most:
             parser.error(f'{name} must be 1 to {most}, got {value}')
-    return run_command('prepare_data', lambda: run(args), expected=(*EXPECTED, tarfile.TarError, zipfile.BadZipFile))
+    broken = tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError
+    return run_command('prepare_data', lambda: run(args), expected=(*EXPECTED, *broken))
 
 
 def run(args: argparse.Namespace) -> int:
