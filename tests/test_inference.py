@@ -175,3 +175,25 @@ def test_a_device_that_is_not_there(device, capsys):
     with pytest.raises(UsageError):
         check_device(device)
     assert check_device('cpu').type == 'cpu'
+
+
+def test_an_older_checkpoint_is_said(run, capsys):
+    """Where the last one is damaged; other weights are another answer."""
+    last = Path('RUN/last.pth.tar')
+    older = torch.load(last, weights_only=False)
+    torch.save({**older, 'epoch': older['epoch'] - 1, 'optimizer': {}}, 'RUN/checkpoint-1.pth.tar')
+    assert call(capsys, 'predict', CAT, '--model', 'RUN')[2] == ''
+    last.write_bytes(last.read_bytes()[:-9])
+    status, _, err = call(capsys, 'predict', CAT, '--model', 'RUN')
+    assert status == 0 and err.count('\n') == 1
+    assert f"last.pth.tar' is damaged, or older; taking checkpoint-1.pth.tar, of {older['epoch']} epochs." in err
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_no_numbers_give_no_answer(value, run, capsys):
+    state = torch.load('RUN/last.pth.tar', weights_only=False)
+    state['state_dict_ema']['fc.bias'][0] = value
+    torch.save(state, 'RUN/last.pth.tar')
+    for command in ('predict', 'visualize'):
+        assert 'its weights hold NaN or infinity' in refused(capsys, command, CAT, '--model', 'RUN')
+    assert not Path('chelsea.html').exists()

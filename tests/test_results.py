@@ -100,6 +100,7 @@ class Project:
         assert self.call(*argv) == 2
         assert self.readme.read_bytes() == before and not self.plots.exists()
         assert self.err.startswith('results: ') and self.err.count('\n') == 1 and self.err.endswith('\n'), self.err
+        assert len(self.err) < 600
         return self.err
 
     def tables(self):
@@ -317,6 +318,7 @@ def test_check_detects_a_changed_figure(project):
         ([dict(top1='')], 'top1 is no number'),
         ([dict(params='1e5')], 'params is no number'),
         ([dict(seed='x')], 'seed is no number'),
+        ([dict(seed='x' * 5000)], 'seed is no number'),
         ([dict(images_per_s='fast')], 'images_per_s is no number'),
         ([dict(top1='nan')], 'not percentages'),
         ([dict(top1=100.1, top5=100.2)], 'not percentages'),
@@ -328,6 +330,8 @@ def test_check_detects_a_changed_figure(project):
         ([dict(model='')], 'unknown model'),
         ([dict(recipe='secret')], "no recipe 'secret'"),
         ([dict(weights='best')], 'weights are last or ema'),
+        ([dict(commit='0123456')], "commit '0123456' is none"),
+        ([dict(commit='0123456789ab-dir')], "commit '0123456789ab-dir' is none"),
         ([dict(dataset=' ')], 'empty dataset'),
         ([dict(run='../run')], 'no file name'),
         ([dict(overrides='--aa a|b')], 'would break the table'),
@@ -552,3 +556,18 @@ def test_plots_without_runs_or_matplotlib(project, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     assert "pip install '.[plot]'" in project.refused('--plots', project.plots)
     assert project.call() == 0
+
+
+@pytest.mark.parametrize('file', ['curves/RUN.csv', 'early_exit.csv'])
+def test_a_cut_table_is_refused(project, file):
+    """Also where what is left of its last number is a number."""
+    run = row(top1=91.0)
+    project.write(run)
+    exits = project.results.parent / 'early_exit.csv'
+    exits.write_text(f'{",".join(results.EARLY_EXIT)}\nregnet_convlstm_20.x,100,40.1,60.2,83.9,0.3125\n')
+    assert project.call() == 0
+    path = project.results.parent / file.replace('RUN', run['run'])
+    text = path.read_text()
+    for cut in (1, 2, 3, 9):
+        path.write_text(text[:-cut])
+        assert f'{path.name}, line ' in project.refused()

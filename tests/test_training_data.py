@@ -1,9 +1,12 @@
 """The data of a run, seen as train.py will see them."""
 
+import os
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
+from fuzz_mutants import chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -133,3 +136,28 @@ def test_what_training_will_read(data):
 def test_data_that_cannot_be_known_before(tmp_path):
     assert check_data(told(tmp_path, dataset='hfds/org/name')) == Data(0, ())
     assert check_data(told(tmp_path / 'none', dataset='torch/cifar10', dataset_download=True)) == Data()
+
+
+@pytest.mark.parametrize('what', ['pipe', 'link', 'bomb', 'large', 'cut', 'text'])
+def test_a_first_image_that_cannot_be_read(what, tmp_path, data, recwarn):
+    """Neither waited for nor read without end; one line."""
+    file = data / 'train' / 'cat' / '0.png'
+    good = file.read_bytes()
+    file.unlink()
+    if what == 'pipe':
+        os.mkfifo(file)
+    elif what == 'link':
+        file.symlink_to('/dev/zero')
+    else:
+        head = dict(bomb=2**31 - 1, large=12_000).get(what)
+        body = (
+            b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', head, head, 8, 2, 0, 0, 0))
+            if head
+            else good[:40]
+        )
+        file.write_bytes(b'text' if what == 'text' else body)
+    wanted = dict(dataset='', data_dir=str(data), train_split='train', val_split='test', num_classes=2)
+    wanted.update(dataset_download=False, scale=[1, 1], ratio=[1, 1], input_size=[3, 32, 32])
+    with pytest.raises(ValueError, match='cannot read .*0.png'):
+        check_data(wanted)
+    assert not recwarn.list

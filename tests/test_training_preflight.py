@@ -59,7 +59,7 @@ def test_a_full_disk_is_told_before(capsys, recorded, argv, monkeypatch):
 
 # by the functions themselves
 
-GOOD = dict(batch_size=4, epochs=3, lr=0.1, lr_base=None, scale=[0.5, 1.0], ratio=[0.75, 1.25])
+GOOD = dict(val_interval=1, batch_size=4, epochs=3, lr=0.1, lr_base=None, scale=[0.5, 1.0], ratio=[0.75, 1.25])
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,7 @@ GOOD = dict(batch_size=4, epochs=3, lr=0.1, lr_base=None, scale=[0.5, 1.0], rati
         (dict(batch_size=0), '--batch-size must be at least 1, got 0.'),
         (dict(epochs=-3), '--epochs must be at least 1, got -3.'),
         (dict(batch_size=5), 'the batch of 5 is that of all processes together, and 2 cannot share it.'),
+        (dict(val_interval=2), 'a learning curve has every epoch: --val-interval must be 1, got 2.'),
         (dict(lr=0.0), '--lr must be above 0, got 0.0.'),
         (dict(lr=math.nan), '--lr must be above 0, got nan.'),
         (dict(lr=None, lr_base=-1), '--lr-base must be above 0, got -1.'),
@@ -223,3 +224,11 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path):
     (tmp_path / 'args.yaml').write_bytes(b'a: \xff')
     with pytest.raises(ValueError, match='is damaged'):
         check_continuation(tmp_path, settings)
+    (tmp_path / 'args.yaml').unlink()
+    for names in ('["cat", "dog"]', '["cat"', '{}'):  # its own, and what is written anew
+        (tmp_path / 'classes.json').write_text(names)
+        check_continuation(tmp_path, settings, ('cat', 'dog'))
+    (tmp_path / 'classes.json').write_text('["dog", "cat"]')
+    check_continuation(tmp_path, settings)
+    with pytest.raises(ValueError, match='has other classes than the data; give another --output.'):
+        check_continuation(tmp_path, settings, ('cat', 'dog'))

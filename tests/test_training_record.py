@@ -22,6 +22,7 @@ from timm_regnet_rnn import results
 from timm_regnet_rnn.complexity import complexity
 from timm_regnet_rnn.training import record
 from timm_regnet_rnn.training.train_py import parse_flags
+from timm_regnet_rnn.weights.load import load_checkpoint
 
 
 @pytest.mark.slow
@@ -217,6 +218,38 @@ def test_what_was_given_is_read_back_by_train_py():
     assert read == {name: SETTINGS[name] for name in given}
 
 
+def test_a_summary_that_lost_its_end_gives_no_row(tmp_path):
+    """A last line without its end is no line, even where what is left of it reads as numbers."""
+    lines = ['epoch,train_loss,eval_loss,eval_top1,eval_top5,lr', '0,2.0,1.0,60.0,95.0,0.1', '1,1.5,0.9,55.5,96.0,0.05']
+    summary, row = tmp_path / 'summary.csv', dict.fromkeys(results.COLUMNS, '1') | dict(run='a', weights='last', commit='')
+    for text, epochs in (('\n'.join([*lines, '']), 2), ('\n'.join(lines), 1), ('\n'.join([*lines[:2], '']), 1)):
+        summary.write_text(text)
+        curve = record.learning_curve(tmp_path)
+        assert len(curve) == epochs
+        row.update(epochs=curve[-1]['epoch'], top1=curve[-1]['top1'], top5=curve[-1]['top5'], best_top1=1.0)
+        if epochs == 2:
+            record.check_record(row, curve, 2, tmp_path)
+        else:
+            with pytest.raises(ValueError, match='lacks epoch 2 of a run of 2; it is damaged'):
+                record.check_record(row, curve, 2, tmp_path)
+    with pytest.raises(ValueError, match='gives no sound row: top1 nan, top5 1, best_top1 1.0: not percentages.'):
+        record.check_record({**row, 'epochs': 1, 'top1': math.nan, 'top5': '1'}, curve, 1, tmp_path)
+
+
+def test_a_checkpoint_with_a_bit_that_flipped_is_none(tmp_path):
+    """torch reads a tensor whose sum is wrong without a word."""
+    for epoch, name in ((3, 'checkpoint-3'), (4, 'last')):
+        torch.save(dict(state_dict=dict(w=torch.ones(999)), optimizer={}, epoch=epoch), tmp_path / f'{name}.pth.tar')
+    last = tmp_path / 'last.pth.tar'
+    data = bytearray(last.read_bytes())
+    data[data.index(torch.ones(9).numpy().tobytes()) + 6] ^= 1
+    last.write_bytes(data)
+    assert torch.load(last, weights_only=True)['state_dict']['w'].sum() != 999
+    assert record.newest_checkpoint(tmp_path) == (tmp_path / 'checkpoint-3.pth.tar', 4)
+    with pytest.raises(ValueError, match='is not what its sum says'):
+        load_checkpoint(last)
+
+
 def test_the_name_of_a_run():
     name = record.run_name(SETTINGS, Path('a/cifar_paper.yaml'))
     assert name == 'regnet_convrnn_20-layers-1-1-1-carry-raw-cifar_paper-cifar10-e20-s42'
@@ -239,14 +272,14 @@ def test_a_row_and_its_curve(tmp_path):
     (tmp_path / 'run' / 'summary.csv').write_text('\n'.join(lines) + '\n')
     told = dict(SETTINGS, model_kwargs={}, num_classes=10, in_chans=None, input_size=[3, 32, 32], device='cpu')
     told.update(model_ema=True, model_ema_force_cpu=False)
-    row, curve = record.make_row(told, Path('cifar_paper.yaml'), ['lr', 'seed'], tmp_path / 'run', 2, 'abc')
+    row, curve = record.make_row(told, Path('cifar_paper.yaml'), ['lr', 'seed'], tmp_path / 'run', 2, '0123456789ab')
     assert (row['top1'], row['top5'], row['best_top1'], row['best_epoch'], row['epochs']) == (55.5, 96.0, 60.0, 1, 2)
     assert (row['params'], row['macs']) == (
         307_418,
         complexity(timm.create_model(told['model'], device='meta'))['macs'],
     )
     assert (row['weights'], row['overrides'], row['dataset']) == ('ema', '--lr 0.05', 'CIFAR-10')
-    assert (row['processes'], row['commit'], row['images_per_s']) == (2, 'abc', '')
+    assert (row['processes'], row['commit'], row['images_per_s']) == (2, '0123456789ab', '')
     written = record.append_row(tmp_path / 'to' / 'results.csv', row, curve)
     again = record.append_row(tmp_path / 'to' / 'results.csv', row, curve)
     assert written['run'] == row['run'] and again['run'] == f'{row["run"]}-r2'

@@ -284,3 +284,20 @@ def test_an_embedded_release_as_a_folder(tmp_path):
     folder = pull_folder(NAME, tmp_path)
     assert (folder / 'model.safetensors').read_bytes() == embedded_file(NAME).read_bytes()
     assert {p.name for p in folder.iterdir()} == {'model.safetensors', 'config.json', 'SHA256SUMS'}
+
+
+@pytest.mark.parametrize('part', ['config.json', 'model.safetensors', 'SHA256SUMS'])
+def test_a_folder_is_what_its_sums_say(tmp_path, part):
+    """Its config.json too: another mean is another answer."""
+    folder = pull_folder(NAME, tmp_path)
+    old = (folder / part).read_bytes()
+    changes = {
+        'config.json': [old.replace(b'0.4914', b'0.4915')],
+        'model.safetensors': [old[:-1] + bytes([old[-1] ^ 1])],
+        'SHA256SUMS': [b'', old[: len(old) // 2], old.replace(b'config', b'other'), b'\xff' * 99],
+    }
+    for new in changes[part]:
+        assert new != old
+        (folder / part).write_bytes(new)
+        with pytest.raises(OSError, match='is broken: (expected|it has no sum of)'):
+            timm.create_model(f'local-dir:{folder}', pretrained=True)

@@ -111,7 +111,7 @@ ROW = {
         run='run', date='2026-11-23', model='regnet_convgru_20', model_kwargs='', recipe='cifar_paper', overrides=''
     ),
     **dict(dataset='CIFAR-10', seed='42', epochs='20', params='1', macs='1', top1='90.5', top5='99.5', weights='last'),
-    **dict(best_epoch='20', best_top1='90.5', images_per_s='', processes='1', device='a', versions='b', commit='c'),
+    **dict(best_epoch='20', best_top1='90.5', images_per_s='', processes='1', device='a', versions='b', commit=''),
 }
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import save
 from timm.models import is_model_pretrained
 from timm.utils import reparameterize_model
 
 from timm_regnet_rnn.cli import main
+from timm_regnet_rnn.weights import verify
 from timm_regnet_rnn.weights.manifest import RELEASED, embedded_file, hub_id
 
 HUB = Path(__file__).parent.parent / 'hub'
@@ -77,3 +79,13 @@ def test_validate_py_reads_the_embedded_weights(tmp_path):
         [sys.executable, '-m', 'timm_regnet_rnn', 'run', script, tmp_path], capture_output=True, text=True
     )
     assert done.stdout.strip() == 'cat', done.stderr
+
+
+@pytest.mark.parametrize('content', [b'', b'\x07\0\0\0\0\0\0\0{"logit', save(dict(images=torch.zeros(1)))])
+def test_damaged_stored_logits_are_one_line(content, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'checks').mkdir()
+    (tmp_path / 'checks' / f'{EMBEDDED[0]}.safetensors').write_bytes(content)
+    monkeypatch.setattr(verify, 'HOME', tmp_path)
+    assert verify.main(EMBEDDED[:1]) == 2
+    err = capsys.readouterr().err
+    assert 'the stored images and logits in' in err and 'are damaged' in err and err.count('\n') == 1

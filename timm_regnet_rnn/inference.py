@@ -5,6 +5,7 @@ model's `pretrained_cfg`, so that whoever asks timm for the model's data setting
 """
 
 import json
+import logging
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -20,6 +21,7 @@ from timm.models import get_pretrained_cfg, is_model, is_model_pretrained
 from .errors import UsageError, did_you_mean
 from .images import read_image
 
+log = logging.getLogger('timm_regnet_rnn')
 Model = Any  # a timm model; what timm sets on its models has no types
 
 __all__ = ['check_device', 'class_names', 'create', 'from_file', 'predictions', 'preprocessing']
@@ -217,9 +219,12 @@ def _checkpoint_of(folder: Path) -> Path:
     """
     from .training.record import newest_checkpoint
 
-    file, _ = newest_checkpoint(folder)
+    file, epochs = newest_checkpoint(folder)
     if file is None:
         raise UsageError(f'no checkpoint in folder {str(folder)!r}; a run of `timm-regnet-rnn train` has last.pth.tar.')
+    last = folder / 'last.pth.tar'
+    if file != last and last.exists():
+        log.warning('%r is damaged, or older; taking %s, of %d epochs.', str(last), file.name, epochs)
     return file
 
 
@@ -293,8 +298,15 @@ def preprocessing(model: Model) -> Tuple[Dict[str, Any], Callable[[Union[str, Pa
 
 @torch.inference_mode()
 def probabilities(model: Model, x: torch.Tensor) -> torch.Tensor:
-    """Probabilities of the classes (B, N) for images (B, C, H, W), on the CPU in float32."""
-    return model(x).float().softmax(-1).cpu()
+    """Probabilities of the classes (B, N) for images (B, C, H, W), on the CPU in float32.
+
+    Raises:
+        ValueError: They are no numbers.
+    """
+    found = model(x).float().softmax(-1).cpu()
+    if not found.isfinite().all():
+        raise ValueError('the model computes no probabilities: its weights hold NaN or infinity, or numbers too large.')
+    return found
 
 
 def predictions(

@@ -179,6 +179,8 @@ def parse(row: Mapping[Any, Any]) -> Run:
         raise ValueError(
             f'top1 {values["top1"]}, top5 {values["top5"]}, best_top1 {values["best_top1"]}: not percentages'
         )
+    if not re.fullmatch('([0-9a-f]{12,40}(-dirty)?)?', values['commit']):  # the last column: a cut row ends in it
+        raise ValueError(f'commit {values["commit"]!r} is none: twelve hexadecimal digits, or nothing')
     group = group_of(*(values[name] for name in ('dataset', 'recipe', 'epochs', 'overrides', 'processes')))
     return Run(**values, group=group, label=label_of(values['model'], values['model_kwargs']))
 
@@ -186,8 +188,17 @@ def parse(row: Mapping[Any, Any]) -> Run:
 T = TypeVar('T')
 
 
-def read_csv(path: Path, columns: Sequence[str], convert: Callable[[Mapping[Any, Any]], T]) -> List[T]:
-    """`convert` of each row; what it raises gets the line."""
+def read_csv(
+    path: Path, columns: Sequence[str], convert: Callable[[Mapping[Any, Any]], T], ended: bool = False
+) -> List[T]:
+    """`convert` of each row; what it raises gets the line.
+
+    Args:
+        path: The file.
+        columns: Those that it must have.
+        convert: Makes something of a row.
+        ended: Refuse a last row without its end of line: what is left of a number is a number too.
+    """
     if path.exists() and not path.is_file():
         raise ValueError(f'{str(path)!r} is no regular file.')
     with open(path, newline='', encoding='utf-8-sig') as file:
@@ -196,7 +207,10 @@ def read_csv(path: Path, columns: Sequence[str], convert: Callable[[Mapping[Any,
             missing = [name for name in columns if name not in (reader.fieldnames or ())]
             if missing:
                 raise ValueError(f'no column {", ".join(missing)}')
-            return [convert(row) for row in reader]
+            rows = [convert(row) for row in reader]
+            if ended and not path.read_bytes().endswith(b'\n'):
+                raise ValueError('the row is cut: it has no end of line')
+            return rows
         except (ValueError, csv.Error) as e:
             raise ValueError(f'{path.name}, line {reader.line_num}: {e}') from None
 
@@ -248,7 +262,7 @@ def read_curves(groups: Groups, folder: Path) -> Dict[str, List[Dict[str, float]
     curves = {}
     for run in (run for rows in groups.values() for runs in rows.values() for run in runs):
         path = folder / f'{run.run}.csv'
-        curve = read_csv(path, CURVE, lambda row: {name: float(row[name]) for name in CURVE})
+        curve = read_csv(path, CURVE, lambda row: {name: float(whole(row)[name]) for name in CURVE}, ended=True)
         if [row['epoch'] for row in curve] != list(range(1, run.epochs + 1)):
             raise ValueError(f'{path.name} does not have the epochs 1 to {run.epochs}')
         curves[run.run] = curve
@@ -301,7 +315,7 @@ def differences(groups: Groups, curves: Mapping[str, Sequence[Mapping[str, float
 
 def read_exits(file: Path) -> List[Dict[str, str]]:
     """The rows of early_exit.csv; none without the file."""
-    return read_csv(file, EARLY_EXIT, dict) if file.is_file() else []
+    return read_csv(file, EARLY_EXIT, lambda row: dict(whole(row)), ended=True) if file.is_file() else []
 
 
 def early_exits(rows: Sequence[Mapping[str, str]]) -> str:

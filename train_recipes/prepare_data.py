@@ -22,10 +22,12 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import os
 import shutil
 import sys
 import tarfile
+import warnings
 import zipfile
 import zlib
 from dataclasses import dataclass, replace
@@ -37,7 +39,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.utils import download_url
 
-from timm_regnet_rnn.errors import EXPECTED, Parser, UsageError, run_command
+from timm_regnet_rnn.errors import EXPECTED, Parser, UsageError, one_line, run_command
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,28 @@ def members(archive: bytes, root: Path) -> Iterator[Tuple[PurePosixPath, bytes]]
         for member in tar:
             path = PurePosixPath(member.name)
             # stricter than the filter, which takes links that stay inside and makes a of /a, but knows Windows' names
-            if path.is_absolute() or '..' in path.parts or not (member.isfile() or member.isdir()):
+            plain = member.isdir() or (member.isfile() and path.parts)
+            if path.is_absolute() or '..' in path.parts or not plain:
                 raise UsageError(f'the archive holds {member.name!r}, which leaves it or is no plain file.')
             tarfile.data_filter(member, str(root))
             if member.isfile():
                 yield path, tar.extractfile(member).read()
+
+
+def decoded(data: bytes, path: PurePosixPath) -> Image.Image:
+    """The image in a file of a source.
+
+    Raises:
+        UsageError: It is none, or broken.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # a large picture is read, and a too large one is an error
+            image = Image.open(io.BytesIO(data))
+            image.load()
+    except Exception as e:  # Pillow's decoders raise SyntaxError, IndexError, struct.error and more on broken files
+        raise UsageError(f'cannot read the image {str(path)!r} ({one_line(e)}).') from None
+    return image
 
 
 def png(image: Image.Image, mean: Tuple[int, ...], pad: int) -> bytes:
@@ -147,7 +166,7 @@ def images(spec: Source, contents: Mapping[str, bytes], root: Path, pad: int) ->
     if spec.reader is None:
         for path, data in members(*contents.values(), root):
             if pad and path.parts[0] == 'train':
-                path, data = path.with_suffix('.png'), png(Image.open(io.BytesIO(data)), spec.mean, pad)
+                path, data = path.with_suffix('.png'), png(decoded(data, path), spec.mean, pad)
             yield path, data
         return
     unpacked = root / 'unpacked'
@@ -181,7 +200,7 @@ class TinyImageNet:
         self.digest = hashlib.sha256()
         if source.is_dir():
             self.root = source if (source / 'wnids.txt').is_file() else source / 'tiny-imagenet-200'
-            self.read = lambda name: (self.root / name).read_bytes()
+            self.read = self.read_file
             self.files = lambda folder: sorted(os.listdir(self.root / folder))
         elif source.is_file() and zipfile.is_zipfile(source):
             archive = zipfile.ZipFile(source)
@@ -204,6 +223,12 @@ class TinyImageNet:
         except (OSError, KeyError, ValueError) as e:
             raise UsageError(f'{str(source)!r} is not the layout of tiny-imagenet-200 ({e}).') from None
 
+    def read_file(self, name: str) -> bytes:
+        """The content of a file of the folder."""
+        if (self.root / name).exists() and not (self.root / name).is_file():
+            raise OSError(f'{name!r} is no regular file')
+        return (self.root / name).read_bytes()
+
     def images(self) -> Iterator[Tuple[PurePosixPath, bytes]]:
         """Path and content of every image, the official validation images as test/."""
         places = [
@@ -216,9 +241,9 @@ class TinyImageNet:
             yield path, data
 
 
-def area_averaged(data: bytes, side: int) -> Image.Image:
+def area_averaged(image: Image.Image, side: int) -> Image.Image:
     """An image of side x side pixels, each the mean of those it covers."""
-    return Image.open(io.BytesIO(data)).convert('RGB').resize((side, side), Image.Resampling.BOX)
+    return image.convert('RGB').resize((side, side), Image.Resampling.BOX)
 
 
 def tiny_images(
@@ -230,7 +255,8 @@ def tiny_images(
         if path.parts[1] in taken:
             border = pad if path.parts[0] == 'train' else 0
             if size or border:
-                image = area_averaged(data, size) if size else Image.open(io.BytesIO(data))
+                image = decoded(data, path)
+                image = area_averaged(image, size) if size else image
                 path, data = path.with_suffix('.png'), png(image, spec.mean, border)
             yield path, data
     for name, want in sums.items():
@@ -300,9 +326,10 @@ def prepare(
     if held_out:
         settings['held_out'] = held_out
     if to.is_file() or (to.is_dir() and any(to.iterdir())):
+        note = to / 'prepared.json'
         try:
-            found = json.loads((to / 'prepared.json').read_text(encoding='utf-8'))
-        except (OSError, ValueError):
+            found = json.loads(note.read_text(encoding='utf-8')) if note.is_file() else None
+        except (OSError, ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or {key: found.get(key) for key in settings} != settings:
             raise UsageError(f'{str(to)!r} exists and is not {dataset} with --pad {pad}; name another folder.')
@@ -360,7 +387,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for name, value, most in (('--size', args.size, spec.side), ('--classes', args.classes, spec.classes)):
         if value is not None and not 1 <= value <= most:
             parser.error(f'{name} must be 1 to {most}, got {value}')
-    return run_command('prepare_data', lambda: run(args), expected=(*EXPECTED, tarfile.TarError, zipfile.BadZipFile))
+    broken = tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError
+    return run_command('prepare_data', lambda: run(args), expected=(*EXPECTED, *broken))
 
 
 def run(args: argparse.Namespace) -> int:

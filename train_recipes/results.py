@@ -246,7 +246,7 @@ def main(argv=None, results=HOME / 'results.csv', pages=PAGES):
         for page, text in new.items():
             write(page, text.encode())
     except (ValueError, OSError, ImportError) as e:
-        print(f'results: {" ".join(str(e).split())}', file=sys.stderr)
+        print(f'results: {" ".join(str(e).split())[:500]}', file=sys.stderr)
         return 2
     return 0
 

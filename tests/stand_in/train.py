@@ -1,6 +1,7 @@
 """Stands in for timm's train.py, which is not in timm's package: its options as recorded, its checkpoints, its summary.
 
-One update an epoch on the first images of the training split, through timm's own data set, saver and resume functions.
+One update an epoch on the first images of the training split, in random order and with noise, through timm's own data
+set, saver and resume functions; a data set that wants to know which epoch begins is told, as train.py tells it.
 KILL_AFTER=N in the environment kills the process, without a chance to clean up, once N epochs are saved; PAUSE=S makes
 every epoch S seconds longer.
 """
@@ -59,7 +60,11 @@ def main():
         Path(folder, 'args.yaml').write_text(yaml.safe_dump(vars(args)), encoding='utf-8')
     for epoch in range(start, args.epochs):
         time.sleep(float(os.environ.get('PAUSE', 0)))
-        loss = torch.nn.functional.cross_entropy(trained(x), y.to(device))
+        if hasattr(images, 'set_epoch'):
+            images.set_epoch(epoch)
+        order = torch.randperm(len(x))
+        print(f'epoch {epoch} reads {order.tolist()}', flush=True)
+        loss = torch.nn.functional.cross_entropy(trained(x[order] + torch.randn_like(x) / 9), y[order].to(device))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

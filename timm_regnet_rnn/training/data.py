@@ -1,6 +1,7 @@
 """The data of a run, seen as train.py will see them, before it does."""
 
 import math
+import warnings
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Tuple
 
@@ -105,8 +106,16 @@ def check_data(settings: Dict[str, Any], classes_of_model: Optional[int] = None)
             odd = sorted(folders[0].keys() ^ folders[1].keys())[0]
             raise ValueError(f'{splits[0]!r} and {splits[1]!r} hold different classes, {odd!r} for one.')
         names, count = tuple(folders[0]), sum(folders[0].values())
-        with Image.open(next(iter(found[0][1].values()))) as image:
-            image.load()
+        file = next(iter(found[0][1].values()))
+        try:
+            if not file.is_file():
+                raise ValueError('it is no regular file')
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # a large picture is read, and a too large one is an error
+                with Image.open(file) as image:
+                    image.load()
+        except Exception as e:  # Pillow's decoders raise SyntaxError, IndexError, struct.error and more on broken files
+            raise ValueError(f'cannot read {str(file)!r}: {one_line(e)}.') from None
     wanted, classes = settings['num_classes'] or classes_of_model, len(names)
     if wanted not in (None, classes):
         who = 'recipe' if settings['num_classes'] else 'model'

@@ -1,13 +1,14 @@
 """What can be known to be wrong with a run before its first epoch."""
 
 import argparse
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 from ..errors import one_line
-from ..inference import check_name
+from ..inference import CLASSES, check_name
 
 __all__ = [
     *('OURS', 'average_warning', 'check_batch', 'check_continuation', 'check_known', 'check_model'),
@@ -75,6 +76,8 @@ def check_numbers(settings: Dict[str, Any], nproc: int) -> None:
     for name in ('batch_size', 'epochs'):
         if settings[name] < 1:
             raise ValueError(f'--{name.replace("_", "-")} must be at least 1, got {settings[name]}.')
+    if settings['val_interval'] != 1:
+        raise ValueError(f'a learning curve has every epoch: --val-interval must be 1, got {settings["val_interval"]}.')
     if batch % nproc:
         raise ValueError(f'the batch of {batch} is that of all processes together, and {nproc} cannot share it.')
     for name in ('lr', 'lr_base'):
@@ -171,14 +174,21 @@ def check_room(folder: Path, parameters: int, settings: Dict[str, Any]) -> None:
         )
 
 
-def check_continuation(output: Path, settings: Dict[str, Any]) -> None:
-    """Refuse to continue a run with other settings. A run without a finished epoch is none.
+def check_continuation(output: Path, settings: Dict[str, Any], classes: Sequence[str] = ()) -> None:
+    """Refuse to continue a run with other settings or other classes. A run without a finished epoch is none.
 
     Raises:
         ValueError: Names the first that differs.
     """
     import yaml
 
+    names = output / CLASSES
+    try:
+        known = json.loads(names.read_text(encoding='utf-8')) if names.is_file() and classes else None
+    except ValueError:  # it is written anew
+        known = None
+    if isinstance(known, list) and known != list(classes):
+        raise ValueError(f'{str(names)!r} has other classes than the data; give another --output.')
     file = output / 'args.yaml'
     if not file.is_file():
         return

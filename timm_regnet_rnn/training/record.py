@@ -1,5 +1,6 @@
 """What a training run leaves behind: its checkpoints, its learning curve, and its row in results.csv."""
 
+import contextlib
 import csv
 import io
 import json
@@ -10,15 +11,25 @@ import shlex
 import subprocess
 from datetime import date
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from filelock import FileLock
 
 from ..datasets import dataset_name
-from ..results import COLUMNS, CURVE, Key, group_of, label_of, read_csv, read_header, whole
+from ..files import place
+from ..results import COLUMNS, CURVE, Key, group_of, label_of, parse, read_csv, read_header, whole
 
 __all__ = [
-    *('append_row', 'code_commit', 'learning_curve', 'live_accuracy', 'make_row', 'newest_checkpoint', 'read_result'),
+    *(
+        'append_row',
+        'check_record',
+        'code_commit',
+        'learning_curve',
+        'live_accuracy',
+        'make_row',
+        'newest_checkpoint',
+        'read_result',
+    ),
     *('run_key', 'run_name'),
 ]
 
@@ -45,19 +56,21 @@ def newest_checkpoint(output: Path) -> Tuple[Optional[Path], int]:
     Returns:
         The file with the most epochs behind it and their number; None and 0 if there is none.
     """
-    from ..weights.load import load_checkpoint
+    from ..weights.load import check_sums, load_checkpoint
 
-    found: Tuple[Optional[Path], int] = (None, 0)
-    for file in sorted(output.glob('*.pth.tar')):
+    found: List[Tuple[int, bool, Path]] = []
+    for file in sorted(file for file in output.glob('*.pth.tar') if file.is_file()):  # a pipe would wait for ever
         try:
             state = load_checkpoint(file, mmap=True)
-            epochs = state['epoch'] + 1
-            whole = {'state_dict', 'optimizer'} <= state.keys()
+            if {'state_dict', 'optimizer'} <= state.keys() and state['epoch'] >= 0:
+                found.append((state['epoch'] + 1, file.name == 'last.pth.tar', file))
         except Exception:  # truncated, not a checkpoint, or holding more than one: none to resume from
             continue
-        if whole and (epochs > found[1] or (epochs == found[1] and file.name == 'last.pth.tar')):
-            found = file, epochs
-    return found
+    for epochs, _, file in sorted(found, key=lambda item: item[:2], reverse=True):
+        with contextlib.suppress(ValueError):  # damaged inside: an older one may not be
+            check_sums(file)
+            return file, epochs
+    return None, 0
 
 
 def learning_curve(output: Path) -> List[Dict[str, float]]:
@@ -71,7 +84,8 @@ def learning_curve(output: Path) -> List[Dict[str, float]]:
     file = output / 'summary.csv'
     rows: Dict[int, Dict[str, float]] = {}
     header: List[str] = []
-    for cells in csv.reader(io.StringIO(file.read_text(encoding='utf-8'))) if file.is_file() else ():
+    text = file.read_text(encoding='utf-8') if file.is_file() else ''
+    for cells in csv.reader(io.StringIO(text[: text.rfind('\n') + 1])):  # a last line without its end is cut
         if cells[:1] == ['epoch']:
             header = cells
         elif len(cells) == len(header):
@@ -246,11 +260,41 @@ def make_row(
     return row, curve
 
 
-def append_row(results: Path, row: Dict[str, Any], curve: List[Dict[str, float]]) -> Dict[str, Any]:
+def check_record(row: Dict[str, Any], curve: List[Dict[str, float]], epochs: int, output: Path) -> None:
+    """Refuse a row that is not of the whole run, or that no table could be made of.
+
+    Args:
+        row, curve: From `make_row`.
+        epochs: Of the whole run.
+        output: The run's folder.
+
+    Raises:
+        ValueError: In one line.
+    """
+    file = output / 'summary.csv'
+    missing = sorted({*range(1, epochs + 1)} - {line['epoch'] for line in curve})
+    if missing or row['epochs'] != epochs:
+        what = f'lacks epoch {missing[0]:.0f}' if missing else f'has epoch {row["epochs"]:.0f}'
+        raise ValueError(f'{str(file)!r} {what} of a run of {epochs}; it is damaged, or of another run.')
+    try:
+        parse({key: str(value) for key, value in row.items()})
+    except ValueError as e:
+        raise ValueError(f'{str(file)!r} gives no sound row: {e}.') from None
+
+
+def append_row(
+    results: Path, row: Dict[str, Any], curve: List[Dict[str, float]], note: Optional[Path] = None
+) -> Dict[str, Any]:
     """Add a run to results.csv, and its learning curve to `curves/` beside it.
 
     Several runs may finish at once: the file is locked while one of them writes. A run of the same name as an earlier
     one gets a number.
+
+    Args:
+        results: results.csv.
+        row, curve: From `make_row`.
+        note: A file that holds the row before results.csv does: where a kill came behind that, the row in the note is
+            found in results.csv word for word, and is not added again.
 
     Returns:
         The row as written.
@@ -259,17 +303,22 @@ def append_row(results: Path, row: Dict[str, Any], curve: List[Dict[str, float]]
     lock = FileLock(str(results.with_name(f'.{results.name}.lock')))
     with lock, results.open('a+b') as file:
         header = read_header(results) if file.seek(0, os.SEEK_END) else ()
-        taken = set(read_csv(results, COLUMNS, lambda line: whole(line)['run'])) if header else set()
+        rows = read_csv(results, COLUMNS, whole) if header else []
+        noted = _noted(note, rows) if note else None
+        if noted:
+            return noted
+        taken = {other['run'] for other in rows}
         names = [row['run'], *(f'{row["run"]}-r{i}' for i in range(2, len(taken) + 2))]
         row = {**row, 'run': next(name for name in names if name not in taken)}
         curve_file = results.parent / 'curves' / f'{row["run"]}.csv'
         curve_file.parent.mkdir(exist_ok=True)
-        scratch = curve_file.with_suffix('.tmp')
-        with scratch.open('w', encoding='utf-8', newline='') as out:
-            writer = csv.DictWriter(out, CURVE, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(curve)
-        os.replace(scratch, curve_file)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, CURVE, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(curve)
+        place(curve_file, text.getvalue().encode(), lambda scratch: None)
+        if note:
+            place(note, json.dumps(row, indent=2).encode() + b'\n', lambda scratch: None)
         lines = io.StringIO()
         writer = csv.DictWriter(lines, header or COLUMNS, lineterminator='\n')
         if not header:
@@ -281,3 +330,13 @@ def append_row(results: Path, row: Dict[str, Any], curve: List[Dict[str, float]]
         file.flush()
         os.fsync(file.fileno())
     return row
+
+
+def _noted(note: Path, rows: Sequence[Mapping[str, str]]) -> Optional[Dict[str, Any]]:
+    """The row in the note, if it is one of the rows."""
+    try:
+        row = json.loads(note.read_text(encoding='utf-8')) if note.is_file() else {}
+        words = {key: str(value) for key, value in row.items()}
+    except (OSError, ValueError, AttributeError):  # there is none
+        return None
+    return row if any({key: other.get(key) for key in COLUMNS} == words for other in rows) else None

@@ -16,6 +16,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 from filelock import FileLock, Timeout
 from huggingface_hub.utils import tqdm
 
+from ..files import place
 from ..inference import CLASSES, check_device
 from ..results import IN_WHEEL
 from ..weights.load import check_file
@@ -33,7 +34,17 @@ from .preflight import (
     total_epochs,
 )
 from .recipe import check_recipe, find_recipe, load_recipe, train_options
-from .record import LIVE, append_row, code_commit, live_accuracy, make_row, newest_checkpoint, read_result, run_name
+from .record import (
+    LIVE,
+    append_row,
+    check_record,
+    code_commit,
+    live_accuracy,
+    make_row,
+    newest_checkpoint,
+    read_result,
+    run_name,
+)
 from .train_py import find_train_py, machine_flags, parse_flags
 
 __all__ = ['Nodes', 'Plan', 'plan', 'train']
@@ -243,8 +254,9 @@ def plan(
             command += ['--pretrained-path', start, '--initial-checkpoint', '']
     if processes > 1:
         command += ['--batch-size', str(settings['batch_size'])]
-    if processes > 1 and settings['device'] == 'cpu':
-        command += ['--device-modules', *(settings['device_modules'] or ()), 'timm_regnet_rnn.training.cpu_ddp']
+    ours = ('cpu_ddp', 'epoch_seed') if processes > 1 and settings['device'] == 'cpu' else ('epoch_seed',)
+    command += ['--device-modules', *(settings['device_modules'] or ())]
+    command += [f'timm_regnet_rnn.training.{name}' for name in ours]
     command += ['--output', str(folder.parent), '--experiment', folder.name]
     return Plan(
         Path(recipe), settings, list(given), processes, total, name, folder, table, warning, command, data.names
@@ -304,11 +316,12 @@ def train(
         with lock:
             checkpoint, done = newest_checkpoint(folder)
             if checkpoint:
-                check_continuation(folder, run.settings)
+                check_continuation(folder, run.settings, run.classes)
                 print(f'{folder}: {done} of {total} epochs done', flush=True)
                 command += ['--resume', str(checkpoint)]
             if run.classes and not node:
-                (folder / CLASSES).write_text(json.dumps(run.classes, ensure_ascii=False) + '\n', encoding='utf-8')
+                names = json.dumps(run.classes, ensure_ascii=False) + '\n'
+                place(folder / CLASSES, names.encode(), lambda scratch: None)
             if done < total:
                 try:
                     status = run_logged(command, folder / f'train{node}.log', lock, done, total)
@@ -330,8 +343,9 @@ def train(
             if node:
                 print(f'node {nodes.rank} of {nodes.size} is done; node 0 writes the row.')
                 return 0
-            row = make_row(run.settings, run.recipe, run.given, folder, run.processes, commit)
-            return finish(folder, run.table, *row)
+            row, curve = make_row(run.settings, run.recipe, run.given, folder, run.processes, commit)
+            check_record(row, curve, total, folder)
+            return finish(folder, run.table, row, curve)
     except Timeout:
         raise ValueError(f'a run is under way in {str(folder)!r}.') from None
 
@@ -342,10 +356,9 @@ def finish(folder: Path, table: Path, row: Dict[str, Any], curve: List[Dict[str,
     if marker.is_file():
         row = read_result(marker)
     else:
-        row = append_row(table, row, curve)
-        scratch = marker.with_suffix('.tmp')
-        scratch.write_text(json.dumps(row, indent=2) + '\n', encoding='utf-8')
-        os.replace(scratch, marker)
+        note = folder / 'result.tmp'
+        row = append_row(table, row, curve, note)
+        os.replace(note, marker)
     words = f'top-1 {row["top1"]:.2f} %, top-5 {row["top5"]:.2f} % after epoch {row["epochs"]}'
     live = live_accuracy(folder) if row['weights'] == 'ema' else None
     if live is not None:

@@ -4,7 +4,7 @@ from argparse import Namespace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Dict, Optional, Tuple, Union
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,17 +13,39 @@ from timm.models import clean_state_dict
 
 from ..errors import UsageError
 
-__all__ = ['check_file', 'load_checkpoint', 'read_tensors', 'read_weights']
+__all__ = ['check_file', 'check_sums', 'load_checkpoint', 'read_tensors', 'read_weights']
 
 WRAPPERS = ('state_dict', 'model', 'net', 'model_state_dict')  # what a training loop's checkpoint calls its weights
+
+
+def check_sums(file: Union[str, Path]) -> None:
+    """Compare a checkpoint's parts with the sums (CRC-32) that it has of them; torch reads them unseen.
+
+    Raises:
+        ValueError: One differs.
+    """
+    if is_zipfile(file):  # of before PyTorch 1.6 it is none, and has no sums
+        try:
+            with ZipFile(file) as parts:
+                broken = parts.testzip()
+        except Exception as e:  # a damaged directory fails in many ways
+            broken = type(e).__name__
+        if broken:
+            raise ValueError(f'{str(file)!r} is broken ({broken[:80]} is not what its sum says); it is not loaded.')
 
 
 def load_checkpoint(file: Union[str, Path], mmap: bool = False) -> Any:
     """What a PyTorch checkpoint holds, on the CPU; besides tensors and plain values, train.py's arguments.
 
+    Args:
+        file: The checkpoint.
+        mmap: Leave the tensors on the disk, and their sums unchecked.
+
     Raises:
         Exception: Whatever torch raises for a file that is broken or holds other Python objects.
     """
+    if not mmap:
+        check_sums(file)
     with torch.serialization.safe_globals([Namespace]):
         return torch.load(file, map_location='cpu', weights_only=True, mmap=mmap)
 

@@ -251,10 +251,14 @@ def weights_in(folder: Path) -> Path:
     if file is None:
         raise FileNotFoundError(f'no weights file in {str(folder)!r}; expected {WEIGHTS}.')
     sums = folder / SUMS
-    stated = sums.read_text(encoding='utf-8').split() if sums.is_file() else []
-    for expected, name in zip(stated[::2], stated[1::2]):
-        if name == file.name and (found := file_sum(file)) != expected:
-            raise OSError(f'{str(file)!r} is broken: expected {expected}, found {found}.')
+    stated = sums.read_text(encoding='utf-8', errors='replace').split() if sums.is_file() else []
+    expected = dict(zip(stated[1::2], stated[::2]))
+    for part in (file.name, CONFIG) if sums.is_file() else ():
+        found = file_sum(folder / part)
+        if part not in expected:
+            raise OSError(f'{str(sums)!r} is broken: it has no sum of {part}.')
+        if found != expected[part]:
+            raise OSError(f'{str(folder / part)!r} is broken: expected {expected[part]}, found {found}.')
     return file
 
 

@@ -14,6 +14,7 @@ from typing import Any, Dict, Optional, Sequence
 import timm
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
@@ -61,10 +62,17 @@ def verify(name: str, data_dir: Optional[str] = None) -> str:
         if value != entry[what]:
             raise UsageError(f'{name}: {what} is {value}, the manifest says {entry[what]}.')
     model = timm.create_model(name, pretrained=True).eval()
-    check = load_file(HOME / 'checks' / f'{name}.safetensors')
+    stored = HOME / 'checks' / f'{name}.safetensors'
+    try:
+        check = load_file(stored)
+        images, expected = check['images'], check['logits']
+    except (SafetensorError, KeyError, OSError) as e:
+        raise UsageError(
+            f'{name}: the stored images and logits in {str(stored)!r} are damaged ({one_line(e)}).'
+        ) from None
     config = resolve_data_config(model=model)
-    found = logits(model, check['images'], config)
-    error = ((found - check['logits']).abs().max() / check['logits'].abs().max()).item()
+    found = logits(model, images, config)
+    error = ((found - expected).abs().max() / expected.abs().max()).item()
     if not error <= TOLERANCE:
         raise UsageError(f'{name}: logits differ from the stored ones by {error:.1e} of their scale.')
     words = f'{name}: {entry["size"]} bytes, sha256 {entry["sha256"][:12]}..., logits within {error:.0e}'
