@@ -85,10 +85,12 @@ def cmd_visualize(args: argparse.Namespace) -> int:
     image = Path(args.image)
     if not image.is_file():
         raise UsageError(f'no file {args.image!r}.')
-    file = visualize.check_output(args.output or f'{image.stem}.html')
+    file = visualize.check_output(args.output or f'{image.stem}.html', image)
     device = check_device(args.device)
     model = create(args.model, args.checkpoint, args.ema).to(device)
-    visualize.write(visualize.visualize(model, image), file)
+    cfg = model.pretrained_cfg
+    name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
+    visualize.write(visualize.visualize(model, image, name), file)
     print(file)
     return 0
 
