@@ -37,7 +37,7 @@ def cmd_list(args: argparse.Namespace) -> int:
     """Print the models."""
     rows = listing.list_rows(args.pattern, args.pretrained, args.sort)
     if not rows:
-        hint = did_you_mean(args.pattern, [row['name'] for row in listing.list_rows()])
+        hint = did_you_mean(args.pattern, listing.names())
         what = 'no model with pretrained weights' if args.pretrained else 'no model'
         raise UsageError(f'{what} matches {args.pattern!r}; without a pattern all are listed.{hint}')
     if args.json:
@@ -244,13 +244,15 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(
         'list',
         cmd_list,
-        'names, parameters, multiply-adds and pretrained tags',
+        'models and pretrained tags: sizes, accuracy, cost and gain beside their ResNets',
         "'*convlstm*'",
         '--pretrained --sort params',
     )
     sub.add_argument('pattern', nargs='?', default='*', help="e.g. '*_convlstm_*'")
-    sub.add_argument('--pretrained', action='store_true', help='only models with pretrained weights')
-    sub.add_argument('--sort', choices=listing.SORTS, default='name', help='default: %(default)s')
+    sub.add_argument('--pretrained', action='store_true', help='only tags, which have pretrained weights')
+    sub.add_argument(
+        '--sort', choices=listing.SORTS, default='name', help='default: %(default)s; top1 and gain: best first'
+    )
     sub.add_argument('--json', action='store_true', help='print JSON')
 
     sub = command(
