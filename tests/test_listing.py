@@ -204,7 +204,7 @@ def test_csv_and_markdown():
     text = markdown_tables([ROW, *list_rows('regnet_convlstm_50')])
     assert re.findall('### (.*)', text) == ['Images of 8x8', 'Images of 224x224']
     tables = [line for line in text.splitlines() if line.startswith('|')]
-    assert {line.count('|') for line in tables} == {10} and '| -0.50 (n=1) |' in text and 'input' not in text
+    assert {line.count('|') for line in tables} == {7} and '| -0.50 (n=1) |' in text and 'input' not in text
 
 
 def test_a_list_without_rich(monkeypatch):

@@ -78,6 +78,13 @@ def list_rows(
 ) -> List[Dict[str, Any]]:
     """What is known of every model that matches, and of its tags, without building it.
 
+    * `name`, `tag` ('' for the model itself), and `resnet`, which it is measured against (None for a ResNet);
+    * `params`, and `macs` and `activations` for one image of `input_size`;
+    * `params_cost`, `macs_cost` and `activations_cost`, percent more than the ResNet's;
+    * `top1`, percent on the test split of `dataset`, of the released weights; None where not measured;
+    * `gain`, points of top-1 over the ResNet under the same settings, mean of `gain_seeds` differences paired by
+      seed, and `gain_deviation`, their sample standard deviation.
+
     Args:
         pattern: As a shell matches file names; a tag is listed where NAME or NAME.TAG matches.
         pretrained: Only tags, which have pretrained weights.
@@ -85,13 +92,7 @@ def list_rows(
         groups: Runs as `results.read_runs` gives them; those of the project if None.
 
     Returns:
-        A dict per model, and one per tag, of
-          * `name`, `tag` ('' for the model itself), and `resnet`, which it is measured against (None for a ResNet);
-          * `params`, and `macs` and `activations` for one image of `input_size`;
-          * `params_cost`, `macs_cost` and `activations_cost`, percent more than the ResNet's;
-          * `top1`, percent on the test split of `dataset`, of the released weights; None where not measured;
-          * `gain`, points of top-1 over the ResNet under the same settings, mean of `gain_seeds` differences paired by
-            seed, and `gain_deviation`, their sample standard deviation.
+        A dict per model, and one per tag, with these keys.
 
     Raises:
         ValueError: The project's results.csv is broken.
@@ -145,6 +146,7 @@ def _cells(row: Dict[str, Any]) -> Dict[str, str]:
     }
 
 
+WITH_COST = ('params M', 'params cost'), ('macs G', 'macs cost'), ('acts M', 'acts cost')
 FIRST_TO_GO = ('input', 'acts cost', 'acts M', 'params cost', 'macs cost', 'gain', 'top-1 %', 'macs G', 'params M')
 
 
@@ -206,10 +208,10 @@ def markdown_tables(rows: Sequence[Dict[str, Any]]) -> str:
     """The rows of `list_rows` as Markdown, a table for each size of images."""
     parts = []
     for size in dict.fromkeys(tuple(row['input_size']) for row in rows):
-        cells = [_cells(row) for row in rows if tuple(row['input_size']) == size]
-        titles = [title for title in cells[0] if title != 'input']
-        lines = [[f'`{row["model"]}`', *(row[title] for title in titles[1:])] for row in cells]
-        ruler = ['---', *['---:'] * (len(titles) - 1)]
-        table = '\n'.join(f'| {" | ".join(line)} |' for line in [titles, ruler, *lines])
+        lines = [['model', 'params M', 'macs G', 'acts M', 'top-1 %', 'gain'], ['---', *['---:'] * 5]]
+        for cells in (_cells(row) for row in rows if tuple(row['input_size']) == size):
+            sizes = [f'{cells[title]} {cells[cost]}'.rstrip() for title, cost in WITH_COST]
+            lines.append([f'`{cells["model"]}`', *sizes, cells['top-1 %'], cells['gain']])
+        table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
         parts.append(f'### Images of {size[1]}x{size[2]}\n\n{table}')
     return '\n\n'.join(parts)
