@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of every model, counted on the meta device.
+"""Parameters, multiply-adds and activations of every model and of its ResNet, counted on the meta device.
 
 python benchmarks/model_complexity.py  writes timm_regnet_rnn/model_complexity.json, which the tests check
 """
@@ -8,18 +8,23 @@ from pathlib import Path
 
 import timm
 
-from timm_regnet_rnn.complexity import complexity
+from timm_regnet_rnn.complexity import complexity, on_meta
+from timm_regnet_rnn.names import parse_name
+from timm_regnet_rnn.weights.manifest import RELEASED
 
 FILE = Path(__file__).resolve().parents[1] / 'timm_regnet_rnn' / 'model_complexity.json'
 
 
-def main() -> None:
-    """Write the file."""
+def count() -> dict:
+    """The sizes by name: our models, timm's ResNets that they are measured against, and tags of another size."""
     names = timm.list_models(module='regnet_rnn')
-    rows = {name: complexity(timm.create_model(name, device='meta').eval()) for name in names}
-    lines = (f'  {json.dumps(name)}: {json.dumps(row)}' for name, row in rows.items())
-    FILE.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')
+    resnets = dict.fromkeys(parse_name(name).resnet for name in names)
+    rows = {name: complexity(on_meta(name).eval()) for name in dict.fromkeys([*names, *resnets])}
+    tagged = {name: complexity(on_meta(name).eval()) for name in RELEASED}
+    rows.update((name, row) for name, row in tagged.items() if row != rows[name.split('.')[0]])
+    return rows
 
 
 if __name__ == '__main__':
-    main()
+    lines = (f'  {json.dumps(name)}: {json.dumps(row)}' for name, row in count().items())
+    FILE.write_text('{\n' + ',\n'.join(lines) + '\n}\n', encoding='utf-8')

@@ -3,12 +3,13 @@
 import pytest
 import timm
 import torch
-from test_regnet_rnn import GOLDEN
+from test_regnet_rnn import GOLDEN, NAMES
 from timm.utils import reparameterize_model
 from torch import nn
 
-from timm_regnet_rnn.complexity import complexity
+from timm_regnet_rnn.complexity import complexity, on_meta
 from timm_regnet_rnn.conv_rnn import CELLS
+from timm_regnet_rnn.weights.manifest import RELEASED
 
 
 def test_multiply_adds_of_the_design():
@@ -17,6 +18,18 @@ def test_multiply_adds_of_the_design():
     with torch.device('meta'):
         resnet = complexity(timm.create_model('resnet50').eval())
     assert resnet['params'] == 25_557_032 and round(resnet['macs'] / 1e9, 2) == 4.09
+    assert round(resnet['activations'] / 1e6, 1) == 11.1  # as "Designing Network Design Spaces" has it, in millions
+    assert resnet == GOLDEN['resnet50']
+
+
+@pytest.mark.parametrize('name', [name for name in GOLDEN if name not in NAMES and name != 'resnet50'])
+def test_sizes_of_resnets_and_of_tags(name):
+    assert complexity(on_meta(name).eval()) == GOLDEN[name]
+
+
+def test_a_tag_without_sizes_of_its_own_has_those_of_its_model():
+    for name in RELEASED:
+        assert complexity(on_meta(name).eval()) == GOLDEN.get(name, GOLDEN[name.split('.')[0]])
 
 
 class Net(nn.Module):
@@ -43,7 +56,9 @@ def test_counts_by_hand(kind, gates):
     params = 4 * 27 + gates * 4 * (2 + 9 + 1) + 4 * 5 + 5
     for size, positions in ((None, 4 * 3), ((3, 5, 7), 3 * 4)):
         macs = positions * (4 * 27 + 2 * gates * 4 * 11) + 4 * 5
-        assert complexity(net, size) == dict(params=params, macs=macs, input_size=list(size or (3, 8, 6)))
+        activations = positions * (4 + 2 * gates * 4 * 2) + 5
+        expected = dict(params=params, macs=macs, activations=activations, input_size=list(size or (3, 8, 6)))
+        assert complexity(net, size) == expected
     assert not net.conv._forward_hooks and not net.cell._forward_hooks
 
 

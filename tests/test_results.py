@@ -18,6 +18,7 @@ from scipy import stats
 from timm.models.resnet import ResNet
 
 from timm_regnet_rnn import results as rows
+from timm_regnet_rnn.listing import list_rows
 from timm_regnet_rnn.regulated_resnet import RegulatedResNet
 from timm_regnet_rnn.results import COLUMNS, CURVE
 
@@ -422,7 +423,9 @@ ALL = [
 
 
 def test_plots_depend_on_rows_alone(project):
-    names = ['accuracy_macs.svg', 'accuracy_params.svg', 'curves_cifar_10_jpeg_q75_mirror.svg']
+    names = [
+        f'{name}.svg' for name in ('accuracy_macs', 'accuracy_params', 'curves_cifar_10_jpeg_q75_mirror', 'models')
+    ]
 
     def plots():
         assert project.call('--plots', project.plots) == 0, project.err
@@ -438,7 +441,51 @@ def test_plots_depend_on_rows_alone(project):
     with matplotlib.rc_context({'lines.linewidth': 9, 'font.size': 30}):  # of the user's
         assert plots() == first
     project.write(*few[:-1], dict(few[-1], top1=94.01))
-    assert all(a != b for a, b in zip(plots(), first))
+    assert [a == b for a, b in zip(plots(), first)] == [False, False, False, True]  # made of other rows
+
+
+MODELS = START.replace('results:', 'models:'), END.replace('results', 'models')
+
+
+def test_table_of_models(project):
+    """Markdown, CSV and plot from one command; --check finds each of them out of date."""
+    page = project.readme.parent / 'models.md'
+    csv_file, plot = page.with_suffix('.csv'), project.readme.parent / 'docs' / 'models.svg'
+    project.write(row())
+    page.write_text(f'# Models\n\n{MODELS[0]}\n{MODELS[1]}\n', encoding='utf-8')
+
+    def call(*argv):
+        return results.main([str(a) for a in argv], project.results, (project.readme, page))
+
+    assert call('--plots', plot.parent) == 0 and call('--check') == 0
+    for file, old, new in ((page, '311', '312'), (csv_file, '311450', '311451'), (plot, '<dc:description>', '')):
+        whole = file.read_text(encoding='utf-8')
+        assert old in whole and '`regnet_convlstm_20`' in page.read_text(encoding='utf-8')
+        file.write_text(whole.replace(old, new), encoding='utf-8')
+        if file is plot:
+            file.write_text(re.sub('<dc:description>.*?<', '<dc:description><', whole), encoding='utf-8')
+        assert call('--check') == 1 and f'{file.name} is not current' in project.capsys.readouterr().err
+        file.write_text(whole, encoding='utf-8')
+    csv_file.unlink()
+    assert call('--check') == 1 and call() == 0 and call('--check') == 0 and csv_file.is_file()
+
+
+def test_plot_of_models():
+    """Every RegNet is in each panel of costs, at its depth; a gain with its deviation where there is one."""
+    figure, models = Figure(), list_rows()
+    results.draw_models(figure, models)
+    *panels, last = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ['parameters', 'multiply-adds', 'activations', 'gain']
+    for axes, size in zip(panels, ('params', 'macs', 'activations')):
+        depths = [int(text.get_text()) for text in axes.get_xticklabels()]
+        assert depths == [20, 32, 44, 56, 110, 18, 34, 50, 101, 152]
+        at = dict(zip(axes.get_xticks(), depths))
+        drawn = sorted((at[x], y) for line in axes.lines for x, y in zip(line.get_xdata(), line.get_ydata()))
+        costs = [(rows.traits(m['name'])[0], m[f'{size}_cost']) for m in models if m['resnet'] and not m['tag']]
+        assert drawn == sorted(costs) and len(drawn) == 60
+    gains = sorted((m['macs_cost'], m['gain']) for m in models if m['gain'] is not None)
+    assert sorted((c[0].get_xdata()[0], c[0].get_ydata()[0]) for c in last.containers) == gains and gains
+    assert len(figure.legends[0].get_texts()) == 6
 
 
 def test_accuracy_plot(project):

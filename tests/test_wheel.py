@@ -1,6 +1,7 @@
 """What an installed wheel can do by itself, from an empty folder: predict, pull, push, verify, and train by a name."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,11 @@ def command(wheel, tmp_path, monkeypatch):
 def test_the_package_is_the_wheels(wheel, command):
     Path('where.py').write_text('import timm_regnet_rnn; print(timm_regnet_rnn.__file__)')
     assert str(wheel) in command('run', 'where.py')
+
+
+def test_list_has_the_gains(command):
+    lines = command('list', '*.tiny100_32', '--sort', 'gain').splitlines()
+    assert lines[1].startswith('regnet_convlstm_20.tiny100_32') and re.search(r'\+\d.\d\d ± \d.\d\d \(n=3\)$', lines[1])
 
 
 def test_predict_pull_and_verify(command):

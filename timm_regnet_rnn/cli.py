@@ -37,7 +37,7 @@ def cmd_list(args: argparse.Namespace) -> int:
     """Print the models."""
     rows = listing.list_rows(args.pattern, args.pretrained, args.sort)
     if not rows:
-        hint = did_you_mean(args.pattern, [row['name'] for row in listing.list_rows()])
+        hint = did_you_mean(args.pattern, listing.names())
         what = 'no model with pretrained weights' if args.pretrained else 'no model'
         raise UsageError(f'{what} matches {args.pattern!r}; without a pattern all are listed.{hint}')
     if args.json:
@@ -85,10 +85,12 @@ def cmd_visualize(args: argparse.Namespace) -> int:
     image = Path(args.image)
     if not image.is_file():
         raise UsageError(f'no file {args.image!r}.')
-    file = visualize.check_output(args.output or f'{image.stem}.html')
+    file = visualize.check_output(args.output or f'{image.stem}.html', image)
     device = check_device(args.device)
     model = create(args.model, args.checkpoint, args.ema).to(device)
-    visualize.write(visualize.visualize(model, image), file)
+    cfg = model.pretrained_cfg
+    name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
+    visualize.write(visualize.visualize(model, image, name), file)
     print(file)
     return 0
 
@@ -242,13 +244,15 @@ def make_parser() -> argparse.ArgumentParser:
     sub = command(
         'list',
         cmd_list,
-        'names, parameters, multiply-adds and pretrained tags',
+        'models and pretrained tags: sizes, accuracy, cost and gain beside their ResNets',
         "'*convlstm*'",
         '--pretrained --sort params',
     )
     sub.add_argument('pattern', nargs='?', default='*', help="e.g. '*_convlstm_*'")
-    sub.add_argument('--pretrained', action='store_true', help='only models with pretrained weights')
-    sub.add_argument('--sort', choices=listing.SORTS, default='name', help='default: %(default)s')
+    sub.add_argument('--pretrained', action='store_true', help='only tags, which have pretrained weights')
+    sub.add_argument(
+        '--sort', choices=listing.SORTS, default='name', help='default: %(default)s; top1 and gain: best first'
+    )
     sub.add_argument('--json', action='store_true', help='print JSON')
 
     sub = command(

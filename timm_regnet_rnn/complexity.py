@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a model."""
+"""Parameters, multiply-adds and activations of a model."""
 
 from typing import Any, Dict, Optional, Sequence
 
@@ -27,26 +27,29 @@ def on_meta(name: str, **kwargs: Any) -> Any:
 
 
 def complexity(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> Dict[str, Any]:
-    """Count parameters and multiply-adds.
+    """Count parameters, multiply-adds and activations.
 
-    Multiply-adds are those of convolutions, linear layers and gates. A gate counts as the paper's two-step convolution,
-    2 + 9 per position and channel, also where it runs folded.
+    Multiply-adds are those of convolutions, linear layers and gates; activations the values that these give out. A gate
+    counts as the paper's two-step convolution, 2 + 9 multiply-adds and two activations per position and channel, also
+    where it runs folded.
 
     Args:
         model: A timm model in eval mode, on the meta device so that nothing is computed.
         input_size: (C, H, W), the model's default if None.
 
     Returns:
-        `params`, `macs` and `input_size`.
+        `params`, `macs`, `activations` and `input_size`.
     """
-    macs = 0
+    macs = activations = 0
 
     def count(module, _, out):
-        nonlocal macs
+        nonlocal macs, activations
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             macs += out.numel() * module.weight[0].numel()
+            activations += out.numel()
         else:
             macs += len(module.gates) * 11 * out[0].numel()
+            activations += len(module.gates) * 2 * out[0].numel()
 
     counted = (nn.Conv2d, nn.Linear, RegulatorCell)
     handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, counted)]
@@ -57,4 +60,5 @@ def complexity(model: nn.Module, input_size: Optional[Sequence[int]] = None) -> 
     finally:
         for handle in handles:
             handle.remove()
-    return dict(params=sum(p.numel() for p in model.parameters()), macs=macs, input_size=size)
+    params = sum(p.numel() for p in model.parameters())
+    return dict(params=params, macs=macs, activations=activations, input_size=size)

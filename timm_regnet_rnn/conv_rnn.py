@@ -101,7 +101,8 @@ class RegulatorCell(nn.Module):
             x: Input (B, N, H, W).
             h: Hidden state (B, N, H, W), None for zero.
             c: Cell state (B, N, H, W), None for zero. Only ConvLSTM reads it.
-            weight, bias: The folded kernel, from `kernel`; folded here if None.
+            weight: The folded kernel, from `kernel`; folded here if None.
+            bias: Its bias, likewise.
 
         Returns:
             The new h and c, each (B, N, H, W); where the cell has no c, h stands for it.

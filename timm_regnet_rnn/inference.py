@@ -280,7 +280,12 @@ def preprocessing(model: Model) -> Tuple[Dict[str, Any], Callable[[Union[str, Pa
         UsageError: The model takes neither 1 nor 3 channels.
     """
     config = resolve_data_config({}, model=model, use_test_size=True)
-    channels = config['input_size'][0]
+    first = model.pretrained_cfg.get('first_conv')
+    conv = dict(model.named_modules()).get(first) if isinstance(first, str) else None
+    channels = getattr(conv, 'in_channels', config['input_size'][0])
+    if channels != config['input_size'][0]:  # timm builds with `in_chans` and keeps the settings of the weights
+        config['input_size'] = (channels, *config['input_size'][1:])
+        config.update({key: tuple(adapt_to_chs(config[key], channels)) for key in ('mean', 'std')})
     mode = {1: 'L', 3: 'RGB'}.get(channels)
     if mode is None:
         raise UsageError(f'the model takes {channels} channels; images are read with 1 or 3.')

@@ -333,13 +333,19 @@ def spread(values: Sequence[float], sign: str = '') -> str:
     return f'{round(mean(values), 2) + 0.0:{sign}.2f}{deviation}'  # + 0.0 turns -0.0 into 0.0
 
 
+def over_resnet(rows: Mapping[Label, List[Run]], label: Label) -> List[float]:
+    """Points of top-1 that a label's runs have over the runs of its ResNet with the same seeds."""
+    baseline = resnet_of(label)
+    resnet = {run.seed: run.top1 for run in rows.get(baseline, [])} if baseline else {}
+    return [run.top1 - resnet[run.seed] for run in rows.get(label, []) if run.seed in resnet]
+
+
 def cells(rows: Mapping[Label, List[Run]], label: Label) -> List[str]:
     """A label's top-1, top-5, difference to its ResNet, and seeds; empty where nobody ran it."""
-    runs, baseline = rows.get(label, []), resnet_of(label)
-    resnet = {run.seed: run.top1 for run in rows.get(baseline, [])} if baseline else {}
+    runs = rows.get(label, [])
     if not runs:
         return [''] * 4
-    differences = [run.top1 - resnet[run.seed] for run in runs if run.seed in resnet]
+    differences = over_resnet(rows, label)
     difference = spread(differences, '+') if differences else ''
     if differences and len(differences) < len(runs):
         difference += f' (n = {len(differences)})'

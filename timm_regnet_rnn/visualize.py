@@ -4,12 +4,15 @@ Measured by forward hooks on a model's own modules, so that any regulated model 
 trained. The numbers per block:
   * hidden: h after BN and ReLU, which the fuse convolution reads, averaged over its channels (H, W);
   * gates: the mean of each sigmoid gate of the cell (paper, section 3.1), i, f and o of ConvLSTM or z and r of ConvGRU;
-  * share: of the fuse convolution, which is W_x x + W_h h, the part from h: ‖W_h h‖ / (‖W_h h‖ + ‖W_x x‖).
+  * share: of the fuse convolution, which is W_x x + W_h h, the part from h: ‖W_h h‖ / (‖W_h h‖ + ‖W_x x‖) over the
+    positions of each output channel, then the mean over the channels. Each counts by itself, since the norm behind the
+    convolution makes their scales arbitrary; so a net folded for deployment has the share that it had before.
 """
 
 import base64
 import html
 import io
+import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -46,7 +49,8 @@ class Block:
         shape: Of the state, (N, H, W).
         hidden: The state's mean over channels (H, W).
         gates: Mean of each gate over channels and positions; empty for ConvRNN, which has none.
-        share: Percent of the fuse convolution's output that come from the state; None if it is no plain convolution.
+        share: Percent of the fuse convolution's output that come from the state; None if it is no convolution of
+            torch's.
     """
 
     name: str
@@ -66,7 +70,7 @@ class Visualization:
     """What a model makes of an image.
 
     Attributes:
-        model: The model's name, with its tag.
+        model: The model's name.
         image: The pixels that the model sees (H, W, 3), 8 bits.
         probabilities: The name of each class and its probability.
         blocks: In the order of depth; empty for a model without a regulator.
@@ -96,7 +100,7 @@ class Visualization:
         from matplotlib.figure import Figure
 
         rows = [row for _, blocks in self.stages for row in _chunks(blocks)]
-        columns = max([4, *(len(row) for row in rows)])
+        columns = max([3, *(len(row) for row in rows)])
         heights = [2.3, 1.45 * max(1, len(rows)), 2.3]  # inches
         figure = Figure(figsize=(max(7.0, 1.25 * columns), sum(heights)), layout='constrained')
         parts: Any = figure.subfigures(3, 1, height_ratios=heights)
@@ -109,10 +113,11 @@ class Visualization:
         axes = beside
         names, values = zip(*self.top())
         axes.barh(range(len(names)), [100 * v for v in values], color='tab:purple')
-        axes.set_yticks(range(len(names)), [name[:28] for name in names], fontsize=8)
+        axes.set_yticks(range(len(names)), [name[:28] for name in names])
         axes.invert_yaxis()
         axes.set_xlim(0, 100)
         axes.set_xlabel('probability (%)', fontsize=8)
+        axes.tick_params(labelsize=8)
 
         for line, row in zip(middle.subplots(max(1, len(rows)), columns, squeeze=False), rows):
             for axes, block in zip(line, row):
@@ -121,22 +126,28 @@ class Visualization:
         for axes in middle.axes:
             axes.axis('off')
 
-        ticks = range(len(self.blocks))
         gates = list(dict.fromkeys(gate for block in self.blocks for gate in block.gates))
         sides = bottom.subplots(1, 2 if gates else 1, squeeze=False)[0]
+        starts = [self.blocks.index(blocks[0]) for _, blocks in self.stages]
+        for start, (_, blocks) in zip(starts, self.stages):  # every stage has a cell, and a beginning, of its own
+            ticks = range(start, start + len(blocks))
+            for i, gate in enumerate(gates):
+                line = [block.gates.get(gate, np.nan) for block in blocks]
+                style = dict(color=f'C{i}', marker='o^s'[i], ms=4, mfc='none', label=gate if start == 0 else None)
+                sides[0].plot(ticks, line, **style)
+            share = [np.nan if block.share is None else block.share for block in blocks]
+            sides[-1].bar(ticks, share, color='tab:olive')
         if gates:
-            axes = sides[0]
-            for gate in gates:
-                axes.plot(ticks, [block.gates.get(gate, np.nan) for block in self.blocks], marker='.', label=gate)
-            axes.set_ylim(0, 1)
-            axes.set_title('mean gate activity', fontsize=8)
-            axes.legend(fontsize=7, ncols=3)
-            axes.set_xlabel('block', fontsize=8)
-        axes = sides[-1]
-        axes.bar(ticks, [np.nan if block.share is None else block.share for block in self.blocks], color='tab:olive')
-        axes.set_ylim(0, 100)
-        axes.set_title('of the fuse convolution from h (%)', fontsize=8)
-        axes.set_xlabel('block', fontsize=8)
+            sides[0].set_ylim(0, 1)
+            sides[0].set_title('mean of each gate', fontsize=8)
+            sides[0].legend(fontsize=7, ncols=3)
+        sides[-1].set_ylim(0, 100)
+        sides[-1].set_title('of the fuse convolution from h (%)', fontsize=8)
+        for axes in sides:
+            axes.set_xticks(starts, [stage for stage, _ in self.stages], ha='left')
+            axes.tick_params(labelsize=8)
+            for start in starts[1:]:
+                axes.axvline(start - 0.5, color='#999', lw=0.7, ls=':')
         return figure
 
     def page(self) -> str:
@@ -145,9 +156,30 @@ class Visualization:
         Raises:
             UsageError: matplotlib, whose colours these are, is not installed.
         """
+        return self._maps('', f'<p>{self._legend}</p>')
+
+    def document(self) -> str:
+        """A whole HTML page that needs no other file and no network; errors as for `page`."""
+        name = html.escape(self.model)
+        classes = ''.join(f'<li><b>{100 * p:.1f} %</b> {html.escape(name)}</li>' for name, p in self.top())
+        title = re.sub('[._]', '<wbr>\\g<0>', name)  # a narrow screen breaks the name where a reader would
+        maps = self._maps(f'<ol>{classes}</ol><p>{self._legend}</p>', '')
+        return (
+            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<title>{name}</title><style>{DOCUMENT_STYLE}{STYLE}</style></head>'
+            f'<body><h1>{title}</h1>{maps}</body></html>\n'
+        )
+
+    @property
+    def _legend(self) -> str:
+        return LEGEND if self.blocks else NO_REGULATOR
+
+    def _maps(self, beside: str, below: str) -> str:
+        """The picture with HTML beside it, a section per stage, and HTML below."""
         colormap = _matplotlib().colormaps['viridis']
         height, width = self.image.shape[:2]
-        sections = [f'<section class="top">{_tile(self.image, "input", f"input, {height}×{width}")}</section>']
+        sections = [f'<section class="top">{_tile(self.image, "input", f"input, {height}×{width}")}{beside}</section>']
         for stage, blocks in self.stages:
             channels, height, width = blocks[0].shape
             tiles = []
@@ -159,34 +191,25 @@ class Visualization:
                 f'<section><h2>{html.escape(stage)} <span>{channels} channels, {height}×{width}</span></h2>'
                 f'<div class="tiles">{"".join(tiles)}</div></section>'
             )
-        sections.append(f'<p>{LEGEND if self.blocks else NO_REGULATOR}</p>')
         columns = max((len(blocks) for _, blocks in self.stages), default=1)
-        return f'<div class="maps" style="--columns:{columns}">{"".join(sections)}</div>'
-
-    def document(self) -> str:
-        """A whole HTML page that needs no other file and no network; errors as for `page`."""
-        name = html.escape(self.model)
-        classes = ''.join(f'<li><b>{100 * p:.1f} %</b> {html.escape(name)}</li>' for name, p in self.top())
-        return (
-            '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<title>{name}</title><style>{DOCUMENT_STYLE}{STYLE}</style></head>'
-            f'<body><h1>{name}</h1><ol>{classes}</ol>{self.page()}</body></html>\n'
-        )
+        return f'<div class="maps" style="--columns:{columns}">{"".join(sections)}{below}</div>'
 
 
 LEGEND = (
     'One map per block, a row per stage: the state <i>h</i> after the block, averaged over its channels. Yellow is '
     'where the state is largest, violet where it is smallest, on a scale of its own for each map. In every stage the '
-    'state starts empty. Bars: the mean of each gate, and <i>h</i>, how much of the fuse convolution’s output comes '
-    'from the state rather than from the block’s features.'
+    'state starts empty. Bars: the mean of each gate, from 0 (closed) to 1 (open), and <i>h</i>, how much of the fuse '
+    'convolution’s output comes from the state rather than from the block’s features.'
 )
 NO_REGULATOR = 'This model has no regulator, and so no maps.'
 DOCUMENT_STYLE = """
 :root { color-scheme: light dark; --body-text-color: light-dark(#222, #eee); }
 body { max-width: 1100px; margin: 0 auto; padding: 16px; font: 16px/1.4 system-ui, sans-serif;
   color: var(--body-text-color); background: light-dark(#fff, #181818); }
-h1 { font-size: 1.25em; overflow-wrap: anywhere; } ol { padding-left: 1.4em; }
+h1 { font-size: 1.25em; overflow-wrap: anywhere; }
+.maps .top { display: flex; flex-wrap: wrap; gap: 12px 24px; align-items: flex-start; }
+.top ol { flex: 0 1 auto; margin: 0; padding-left: 1.4em; }
+.top p { flex: 1 1 300px; max-width: 640px; font-size: .9em; }
 """
 STYLE = """
 .maps section { margin: 0 0 1.25em; }
@@ -257,20 +280,24 @@ def _gates(cell: RegulatorCell, x: torch.Tensor, h: Optional[torch.Tensor]) -> D
 
 
 def _share(conv: nn.Module, both: torch.Tensor, width: int) -> Optional[float]:
-    """How much of a fuse convolution's output comes from the last `width` channels of its input (B, C + N, H, W)."""
-    if type(conv) is not nn.Conv2d:
+    """How much of a fuse convolution's output comes from the last `width` channels of its input (1, C + N, H, W).
+
+    An output channel to which neither contributes is left out; 0 where all are such.
+    """
+    if not isinstance(conv, nn.Conv2d):
         return None
     features = both.shape[1] - width
-    from_x = F.conv2d(both[:, :features], conv.weight[:, :features]).float().norm().item()
-    from_h = F.conv2d(both[:, features:], conv.weight[:, features:]).float().norm().item()
-    return 100 * from_h / max(from_x + from_h, 1e-30)
+    from_x = F.conv2d(both[:, :features], conv.weight[:, :features]).float().transpose(0, 1).flatten(1).norm(dim=1)
+    from_h = F.conv2d(both[:, features:], conv.weight[:, features:]).float().transpose(0, 1).flatten(1).norm(dim=1)
+    live = from_x + from_h > 0
+    return 100 * (from_h / (from_x + from_h))[live].mean().item() if live.any() else 0.0
 
 
 def watch(model: Model, x: torch.Tensor) -> Tuple[torch.Tensor, List[Block]]:
     """Run a model on one image and look at its blocks.
 
     Args:
-        model: In eval mode; whatever it is, only its regulated blocks are looked at.
+        model: Whatever it is, only its regulated blocks are looked at, in eval mode; it is left as it was.
         x: The image (1, C, H, W).
 
     Returns:
@@ -292,6 +319,9 @@ def watch(model: Model, x: torch.Tensor) -> Tuple[torch.Tensor, List[Block]]:
 
     with ExitStack() as hooks:
         modules = dict(model.named_modules())
+        for module in (module for module in modules.values() if module.training):
+            hooks.callback(setattr, module, 'training', True)
+        model.eval()
         for name, module in modules.items():
             block, _, leaf = name.rpartition('.')
             if isinstance(module, RegulatorCell):
@@ -307,42 +337,54 @@ def watch(model: Model, x: torch.Tensor) -> Tuple[torch.Tensor, List[Block]]:
             return probabilities(model, x)[0], list(blocks.values())
 
 
-def visualize(model: Model, image: Union[str, Path]) -> Visualization:
+def visualize(model: Model, image: Union[str, Path], name: Optional[str] = None) -> Visualization:
     """See what a model, and its regulator, make of an image.
 
     Args:
-        model: A model from `inference.create` or from timm, in eval mode.
+        model: A model from `inference.create` or from timm; hooks are on it only as long as this runs.
         image: The image's file.
+        name: What to call the model; its architecture if None.
 
     Returns:
         Arrays and numbers, with methods that draw them.
 
     Raises:
-        UsageError: The image cannot be read.
+        UsageError: The image cannot be read, the model is no classifier of timm's, or what it computes is not finite.
     """
+    model = getattr(model, '_orig_mod', model)  # what torch.compile took: a compiled graph calls no hooks
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if not isinstance(cfg, dict) or not getattr(model, 'num_classes', 0):
+        raise UsageError(f'the model must be a classifier of timm with its settings, got a {type(model).__name__}.')
     config, prepare = preprocessing(model)
     x = prepare(image)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
     seen = ((x * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
     parameter = next(model.parameters())
     probability, blocks = watch(model, x.unsqueeze(0).to(parameter.device, parameter.dtype))
-    cfg = model.pretrained_cfg
-    name = '.'.join(filter(None, (cfg.get('architecture'), cfg.get('tag'))))
+    name = name or cfg.get('architecture') or type(model).__name__
+    if not probability.isfinite().all() or not all(np.isfinite(block.hidden).all() for block in blocks):
+        raise UsageError(f'{name!r} computes values that are not finite from this image: its weights are broken.')
     pixels = seen.expand(-1, -1, 3).contiguous().numpy()
     return Visualization(name, pixels, list(zip(class_names(model), probability.tolist())), blocks)
 
 
-def check_output(name: Union[str, Path]) -> Path:
+def check_output(name: Union[str, Path], image: Union[str, Path]) -> Path:
     """The file to write.
 
+    Args:
+        name: The file.
+        image: The image that is looked at.
+
     Raises:
-        UsageError: Its ending is none that `write` knows, or there is no such folder.
+        UsageError: Its ending is none that `write` knows, there is no such folder, or it is the image.
     """
     file = Path(name)
-    if file.suffix not in ('.html', '.png'):
+    if file.suffix.lower() not in ('.html', '.png'):
         raise UsageError(f'the output must end in .html or .png, got {str(file)!r}.')
     if file.is_dir() or not file.parent.is_dir():
         raise UsageError(f'{str(file)!r} is a folder.' if file.is_dir() else f'no folder {str(file.parent)!r}.')
+    if file.exists() and file.samefile(image):
+        raise UsageError(f'the output would replace the image {str(image)!r}; --output takes another name.')
     return file
 
 
@@ -354,8 +396,11 @@ def write(seen: Visualization, file: Path) -> None:
         OSError: The file cannot be written.
     """
     if not seen.blocks:
-        raise UsageError(f'{seen.model!r} has no regulator to look at.')
-    if file.suffix == '.html':
+        raise UsageError(
+            f"{seen.model!r} has no regulator to look at: it is a ResNet, or built with regulator='none' or 'fuse'; "
+            "`timm-regnet-rnn list '*regnet_conv*'` prints models that have one."
+        )
+    if file.suffix.lower() == '.html':
         data = seen.document().encode()
     else:
         out = io.BytesIO()

@@ -1,9 +1,9 @@
-"""Turn results.csv, one row per finished run, into the tables of README.md and docs/results.md and into plots.
+"""Turn results.csv, one row per finished run, into the tables of README.md and docs/ and into plots.
 
-    python train_recipes/results.py               rewrite the tables
+    python train_recipes/results.py               rewrite the tables, that of all models as docs/models.csv too
     python train_recipes/results.py --check       write nothing; exit 1 if tables, or plots in docs/, are not current
-    python train_recipes/results.py --plots DIR   also draw accuracy_params.svg, accuracy_macs.svg, and the learning
-                                                  curves of each data set
+    python train_recipes/results.py --plots DIR   also draw accuracy_params.svg, accuracy_macs.svg, models.svg, and the
+                                                  learning curves of each data set
 
 curves/RUN.csv holds the learning curve of a run. Nothing is written unless every row is sound.
 """
@@ -18,9 +18,11 @@ import sys
 import textwrap
 from collections import defaultdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
+from timm_regnet_rnn.listing import SIZES, csv_table, list_rows, markdown_tables
 from timm_regnet_rnn.results import (
     EARLY_EXIT,
     PLANNED_GROUPS,
@@ -49,12 +51,15 @@ STYLES = dict(
     ),
 )
 
+SIDES = [3, 32, 32], [3, 224, 224]  # images of the two families of models
 
-def sections(groups, curves, exits):
+
+def sections(groups, curves, exits, models):
     """What the pages hold between their markers, by the markers' name."""
     tables = [table({group: groups.get(group, {}) for group in PLANNED_GROUPS}, PLANNED_MODELS)]
     tables += [table({group: rows}) for group, rows in groups.items() if group not in PLANNED_GROUPS]
-    return dict(results='\n\n'.join(tables), differences=differences(groups, curves), exits=early_exits(exits))
+    made = dict(results='\n\n'.join(tables), differences=differences(groups, curves), exits=early_exits(exits))
+    return dict(made, models=markdown_tables(models))
 
 
 def update(page, made):
@@ -159,13 +164,49 @@ def draw_exits(figure, exits):
     figure.legend(loc='outside lower center', ncols=2, fontsize=7)
 
 
+def draw_models(figure, rows):
+    """What RegNets cost, a panel per size, and what they gain over their ResNets where that was measured."""
+    figure.set_size_inches(10, 7)
+    *panels, last = figure.subplots(2, 2).flat
+    nets = [(row, *traits(row['name'])) for row in rows if row['resnet']]
+    families = [sorted({depth for row, depth, *_ in nets if row['input_size'] == size}) for size in SIDES]
+    places = {depth: x for x, depth in enumerate([*families[0], None, *families[1]])}
+    for axes, size, title in zip(panels, SIZES, ('parameters', 'multiply-adds', 'activations')):
+        for (i, depths), family, se in product(enumerate(families), range(1, len(STYLES)), (False, True)):
+            name, marker, (line, _), (colour, *_) = list(STYLES.values())[family]
+            costs = {row[1]: row[0][f'{size}_cost'] for row in nets if not row[0]['tag'] and row[2:] == (se, family)}
+            style = dict(ms=7, mfc='none') if se else dict(ms=3.5)  # rings around points: the two are close
+            label = None if i else f'{"SE-" * se}{name}'
+            xs, ys = [places[depth] for depth in depths], [costs[depth] for depth in depths]
+            axes.plot(xs, ys, f'{marker}{line}', color=colour, lw=0.7, label=label, **style)
+        axes.set_xticks([places[depth] for depths in families for depth in depths], sum(families, []))
+        axes.set(xlabel='depth, for 32x32 and for 224x224', ylabel='more than the ResNet (%)', title=title)
+        axes.set_ylim(bottom=0)
+    for row, _, se, family in (net for net in nets if net[0]['gain'] is not None):
+        _, marker, _, (colour, *_) = list(STYLES.values())[family]
+        point = row['macs_cost'], row['gain']
+        style = dict(color=colour, mfc='white' if se else colour, capsize=3, elinewidth=1)
+        last.errorbar(*point, row['gain_deviation'], fmt=marker, **style)
+        where = dict(xytext=(5, 4), textcoords='offset points', fontsize=7)
+        last.annotate(f'{row["name"]}\n{row["tag"]}, n = {row["gain_seeds"]}', point, **where)
+    last.axhline(0, color='#666666', lw=0.8)
+    last.margins(x=0.6)
+    last.set(xlabel='multiply-adds more than the ResNet (%)', ylabel='points of top-1 ± deviation', title='gain')
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=6)
+
+
 def digest(results):
     """A sum over what plots are made from, which they carry so that an outdated one is found out."""
     files = [results, results.parent / 'early_exit.csv', *sorted((results.parent / 'curves').glob('*.csv'))]
     return hashlib.sha256(b'\0'.join(file.read_bytes() for file in files if file.exists())).hexdigest()
 
 
-def draw(groups, curves, made_from='', exits=()):
+def text_digest(text):
+    """A sum over a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def draw(groups, curves, made_from='', exits=(), models=()):
     """The plots by file name, as bytes that depend on the runs alone.
 
     Raises:
@@ -188,6 +229,8 @@ def draw(groups, curves, made_from='', exits=()):
         plots[f'curves_{slug(dataset)}'] = partial(draw_curves, groups=there, curves=curves)
     if exits:
         plots['early_exit'] = partial(draw_exits, exits=exits)
+    if models:
+        plots['models'] = partial(draw_models, rows=models)
     files = {}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -196,7 +239,8 @@ def draw(groups, curves, made_from='', exits=()):
         for name, plot in plots.items():
             figure, buffer = Figure(layout='constrained'), io.BytesIO()
             plot(figure)
-            figure.savefig(buffer, format='svg', metadata=dict(Date=None, Creator=None, Description=made_from))
+            source = text_digest(csv_table(models)) if name == 'models' else made_from
+            figure.savefig(buffer, format='svg', metadata=dict(Date=None, Creator=None, Description=source))
             files[f'{name}.svg'] = buffer.getvalue()
     return files
 
@@ -212,7 +256,7 @@ def write(path, data):
         scratch.unlink(missing_ok=True)
 
 
-PAGES = (HOME.parent / 'README.md', HOME.parent / 'docs' / 'results.md')
+PAGES = tuple(HOME.parent / page for page in ('README.md', 'docs/results.md', 'docs/models.md'))
 
 
 def main(argv=None, results=HOME / 'results.csv', pages=PAGES):
@@ -228,19 +272,25 @@ def main(argv=None, results=HOME / 'results.csv', pages=PAGES):
         groups = read_runs(results)
         curves = read_curves(groups, results.parent / 'curves')
         exits = read_exits(results.parent / 'early_exit.csv')
-        made = sections(groups, curves, exits)
-        old = {page: page.read_text(encoding='utf-8') for page in pages}
-        new = {page: update(text, made) for page, text in old.items()}
+        models = list_rows(groups=groups)
+        made = sections(groups, curves, exits, models)
+        new = {page: update(page.read_text(encoding='utf-8'), made) for page in pages}
+        for page in [page for page in pages if page.name == 'models.md']:
+            new[page.with_suffix('.csv')] = csv_table(models)
         if args.check:
-            stale = [page.name for page in pages if new[page] != old[page]]
-            made = [
-                plot for name in ('accuracy', 'curves', 'early') for plot in pages[0].parent.glob(f'docs/{name}_*.svg')
-            ]
-            stale += sorted(plot.name for plot in made if digest(results) not in plot.read_text(encoding='utf-8'))
+            old = {file: file.read_text(encoding='utf-8') if file.exists() else '' for file in new}
+            stale = [file.name for file in new if new[file] != old[file]]
+            made = {
+                plot: digest(results)
+                for name in ('accuracy', 'curves', 'early')
+                for plot in pages[0].parent.glob(f'docs/{name}_*.svg')
+            }
+            made.update((plot, text_digest(csv_table(models))) for plot in pages[0].parent.glob('docs/models.svg'))
+            stale += sorted(plot.name for plot, sum in made.items() if sum not in plot.read_text(encoding='utf-8'))
             if stale:
                 print(f'results: {stale[0]} is not current; run results.py --plots docs', file=sys.stderr)
             return int(bool(stale))
-        plots = draw(groups, curves, digest(results), exits) if args.plots else {}
+        plots = draw(groups, curves, digest(results), exits, models) if args.plots else {}
         for name, data in plots.items():
             write(args.plots / name, data)
         for page, text in new.items():

@@ -12,7 +12,7 @@ import torch
 from timm_regnet_rnn.cli import DEFAULT_MODEL
 from timm_regnet_rnn.errors import Parser, UsageError, one_line
 from timm_regnet_rnn.inference import create
-from timm_regnet_rnn.listing import list_rows
+from timm_regnet_rnn.listing import full_name, list_rows
 from timm_regnet_rnn.visualize import STYLE, visualize
 
 EXAMPLES = sorted(map(str, (Path(__file__).parent / 'examples').iterdir()))
@@ -28,14 +28,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def label(row: Dict[str, Any], tag: str) -> str:
+def label(row: Dict[str, Any]) -> str:
     """A model in a list: what it was trained for before its name, which a search finds either way."""
-    top1 = f', {row["top1"][tag]:.1f} %' if tag in row['top1'] else ''
-    return f'{row["name"]} · {tag.replace("_", " ")}{top1}'
+    top1 = '' if row['top1'] is None else f', {row["top1"]:.1f} %'
+    return f'{row["name"]} · {row["tag"].replace("_", " ")}{top1}'
 
 
 OWN = arguments().model if __name__ == '__main__' else []
-RELEASED = [(label(row, tag), f'{row["name"]}.{tag}') for row in list_rows() for tag in row['tags']]
+RELEASED = [(label(row), full_name(row)) for row in list_rows(pretrained=True)]
 MODELS = [*((name, name) for name in OWN), *RELEASED]
 DEFAULT = OWN[0] if OWN else next(name for _, name in MODELS if name.startswith(f'{DEFAULT_MODEL}.'))
 
