@@ -228,6 +228,19 @@ def test_batch_norm_relu_is_torchs():
         fused.batch_norm_relu(far.double(), torch.ones(16), torch.ones(16), 1e-5)
 
 
+@pytest.mark.parametrize('name', reference.FIRST_STEPS)
+def test_first_step_is_the_step_from_zero(name):
+    """What programs that leave the process hold: the same numbers, and gradients where anything flows."""
+    tensors = [None if t is None else t.detach().double() for t in inputs(name, (2, 3, 4, 5), False)]
+    twins = [[None if t is None else t.clone().requires_grad_() for t in tensors] for _ in range(2)]
+    only_h = NAMES[name] < 4
+    got, grads = run(reference.FIRST_STEPS[name], twins[0], only_h)
+    want, true_grads = run(getattr(reference, f'{name}_step'), twins[1], only_h)
+    for a, b in zip([*got[: 2 - only_h], *grads], [*want[: 2 - only_h], *true_grads]):
+        assert scaled_error(a, b) < 1e-12
+    assert not only_h or got[1] is None
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_reference_gradients(name):
     tensors = [None if t is None else t.detach().double() for t in inputs(name, (1, 2, 3, 3), True)]
