@@ -120,7 +120,7 @@ def test_onnx(cell):
 
 
 def test_the_step_stays_in_the_engines_layout():
-    """No zero state that is multiplied, no pool that rounds up: ONNX Runtime leaves its blocked layout once, at the end."""
+    """No zero that is multiplied, no pool that rounds up: ONNX Runtime leaves its blocked layout at the end alone."""
     model, name = folder('regnet_convlstm_50', layers=(2, 1, 1, 1), num_classes=4, in_chans=3)
     file, _ = export(name, None, 'onnx', image_size=64)
     nodes = onnx.load(file).graph.node
