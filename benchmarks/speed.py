@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Callable, Dict, Iterator, List, Optional, Tuple
 from unittest import mock
 
@@ -386,6 +387,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     cases, shapes = (GPU_CASES, GPU_SHAPES) if args.device == 'cuda' else (CPU_CASES, CPU_SHAPES)
     if args.engines:
+        missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime', 'openvino') if find_spec(name) is None]
+        if missing:
+            parser.error(f'--engines needs {", ".join(missing)}: pip install {" ".join(missing)}')
         cases = ENGINE_CASES
     elif args.quick:
         cases, shapes = QUICK_CASES[args.device], shapes if args.device == 'cuda' else [(2, 16, 8, 8)]
