@@ -73,9 +73,10 @@ def _pad_pools(graph: Any) -> None:
         plain = not any(args.get('pads', ())) and set(args.get('dilations', ())) <= {1}
         if not (args.pop('ceil_mode', 0) and plain and shape and all(shape)):
             continue
-        steps = zip(shape, args['kernel_shape'], args.get('strides', [1] * len(shape)))
-        over = [(-(size - kernel) % stride, kernel) for size, kernel, stride in steps]  # what the last window lacks
-        over = [lack if lack < kernel else 0 for lack, kernel in over]  # else it lies outside, and there is none
+        over = []  # what the last window lacks; where it would lie outside altogether, there is none
+        for size, kernel, stride in zip(shape, args['kernel_shape'], args.get('strides', [1] * len(shape))):
+            lack = -(size - kernel) % stride
+            over.append(lack if lack < kernel else 0)
         args.update(pads=[0] * len(over) + over, count_include_pad=0)
         del node.attribute[:]
         node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(args.items()))
