@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytestmark = pytest.mark.slow
 
@@ -29,6 +31,7 @@ def rule():
         speed.Case('training', 'regnet_convrnn_20', 2, 'bfloat16'),
         speed.Case('training', 'regnet_convlstm_20', 2, op='reference'),
         speed.Case('inference', 'regnet_convgru_18', 1, form='deployed'),
+        speed.Case('inference, ONNX Runtime', 'regnet_convlstm_20', 2, form='deployed', op='reference'),
     ],
     ids=str,
 )
@@ -45,6 +48,46 @@ def test_a_row(case):
 def test_the_op():
     lines = list(speed.op_rows([(1, 16, 5, 4)], 1, 'cpu'))
     assert len(lines) == 2 + 3 and all(line.count('|') == 6 for line in lines)
+
+
+def test_openvino():
+    """The engine's own numbers are those of the model that it was given."""
+    pytest.importorskip('openvino')
+    lines = list(
+        speed.model_rows([speed.Case('inference, OpenVINO', 'regnet_convlstm_20', 2, form='deployed')], 1, 'cpu')
+    )
+    assert len(lines) == 3 and 'OpenVINO' in lines[-1]
+
+
+def test_the_fastest_setting_is_taken():
+    took = []
+    steps = [lambda: (time.sleep(0.02), took.append('slow')), lambda: took.append('fast')]
+    speed.fastest(steps)()
+    assert took[-1] == 'fast' and took.count('slow') == 4
+
+
+def test_a_quick_table(monkeypatch, capsys):
+    """The code that a GPU would run, without the nets that take minutes to compile."""
+    monkeypatch.setitem(speed.QUICK_CASES, 'cpu', [speed.Case('training', 'regnet_convlstm_20', 2)])
+    monkeypatch.setattr(sys, 'argv', ['speed', '--quick', '--rounds', '1'])
+    speed.main()
+    out = capsys.readouterr().out
+    assert out.count('| half the warps |') == 1 and out.count('| convlstm |') == 2 and re.search(r'\n\d+ s\n$', out)
+
+
+def test_other_warps_are_asked_for(monkeypatch):
+    """Whatever shape a kernel is launched for, it gets half and double what the rule says."""
+    asked = []
+    monkeypatch.setattr(
+        speed.CELLS['convrnn'], 'step', lambda x, *_: asked.append(speed.fused_cuda._shape(x, False)[1])
+    )
+    monkeypatch.setattr(speed, 'CELLS', {'convrnn': speed.CELLS['convrnn']})
+    list(speed.warps_rows([(1, 64, 16, 16)], 1, 'cpu'))
+    rule = speed.fused_cuda._shape(torch.empty(1, 64, 16, 16), False)[1]
+    assert (
+        set(asked) == {rule // 2, rule, 2 * rule}
+        and speed.fused_cuda._shape(torch.empty(1, 64, 16, 16), False)[1] == rule
+    )
 
 
 def test_a_profile(capsys):
@@ -70,7 +113,13 @@ def test_a_plot(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'args', [('speed', '--rounds', '0'), ('speed', '--nosuch'), ('scaling', '--to', '/nowhere/x.svg')]
+    'args',
+    [
+        ('speed', '--rounds', '0'),
+        ('speed', '--nosuch'),
+        ('speed', '--engines', '--quick'),
+        ('scaling', '--to', '/nowhere/x.svg'),
+    ],
 )
 def test_bad_arguments(args):
     command = [sys.executable, '-m', f'benchmarks.{args[0]}', *args[1:]]

@@ -6,14 +6,19 @@ Triton decides at its import whether it interprets, so the functions check_* run
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import scaled_error
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import library as torch_library
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from timm_regnet_rnn.ops import fused, fused_cuda, reference
@@ -87,6 +92,108 @@ def test_compiled_for_hopper(name, layout, tmp_path, monkeypatch):
         assert done.asm['cubin'][:4] == b'\x7fELF'
         if layout == CL:
             assert '.global.b16' not in done.asm['ptx'], 'neighbouring channels move together'
+
+
+class OnTheDevice(TorchDispatchMode):
+    """Refuses every op that leaves the device: its results would have to be waited for."""
+
+    def __init__(self, device='cuda'):
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            assert not isinstance(t, torch.Tensor) or t.device.type == self.device, func
+        return out
+
+
+def launches(monkeypatch):
+    """A list that takes the kernels' launches instead of a GPU."""
+    found = []
+
+    class Recorder:
+        def __init__(self, kernel):
+            self.name = kernel.__name__
+
+        def __getitem__(self, grid):
+            return lambda **args: found.append((self.name, grid, args))
+
+    monkeypatch.setattr(torch.cuda, 'device_of', lambda tensor: nullcontext())
+    for kind in KERNELS['conv_gru']:
+        monkeypatch.setattr(fused_cuda, f'{kind}_kernel', Recorder(getattr(fused_cuda, f'{kind}_kernel')))
+    return found
+
+
+def on_fake_gpu(name, state, layout):
+    gates, n = NAMES[name], 64
+    tensors = [torch.empty(8, n, 28, 28, device='cuda').contiguous(memory_format=layout) for _ in range(3)]
+    tensors[1] = tensors[1] if state else None
+    tensors[2] = tensors[2] if state and gates == 4 else None
+    weights = [torch.empty(gates, n, *tail, device='cuda') for tail in ((2, 3, 3), ())]
+    return tensors + weights, torch.empty(n, device='cuda'), tensors[0], tensors[0] if gates == 4 else None
+
+
+@pytest.mark.parametrize('layout', [NCHW, CL], ids=str)
+@pytest.mark.parametrize('state', [False, True])
+@pytest.mark.parametrize('name', NAMES)
+def test_a_cuda_graph_can_hold_the_launches(name, state, layout, monkeypatch):
+    """Tensors without values take the way of forward and backward up to the launches.
+
+    So no value is read back, nothing waits for the GPU, grids are numbers known beforehand, and all memory is torch's.
+    """
+    found = launches(monkeypatch)
+    with FakeTensorMode(), OnTheDevice():
+        tensors, vector, *grads = on_fake_gpu(name, state, layout)
+        fused_cuda.forward(name, *tensors, vector, vector)
+        fused_cuda.backward(name, *tensors, *grads)
+    reset = ['reset_kernel'] if name == 'conv_gru' and state else []
+    assert [kind for kind, _, _ in found] == [
+        *('forward_kernel', 'gates_kernel', *reset, 'inputs_kernel', 'weights_kernel')
+    ]
+    for _, (programs,), args in found:
+        assert type(programs) is int and programs > 0
+        assert all(t is None or isinstance(t, (torch.Tensor, int, fused_cuda.Shape)) for t in args.values()), args
+
+
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('cell', ['convrnn', 'convgru', 'convlstm'])
+def test_a_cuda_graph_can_hold_a_net(cell, training):
+    """A net around the ops reads no value back either; backward on the CPU, as autograd asks a driver for the GPU."""
+    for device in ('cuda', 'cpu') if training else ('cuda',):
+        with FakeTensorMode(), torch.device(device):
+            net = timm.create_model(f'regnet_{cell}_20', layers=(2, 1, 1)).train(training)
+            x = torch.empty(2, 3, 16, 16).contiguous(memory_format=CL)
+            with OnTheDevice(device):
+                out = net(x)
+                if device == 'cpu':
+                    out.square().mean().backward()
+                    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_few_kernels_are_compiled_for_a_net(monkeypatch):
+    """One configuration for a shape, nothing tuned at run time, and the shapes of a net share most of them."""
+    found = launches(monkeypatch)
+    with FakeTensorMode():
+        for width, side in ((64, 56), (128, 28), (256, 14), (512, 7)):
+            for state in (False, True):
+                x = torch.empty(8, width, side, side, device='cuda').contiguous(memory_format=CL)
+                h = x if state else None
+                weights = (torch.empty(4, width, *tail, device='cuda') for tail in ((2, 3, 3), ()))
+                tensors = (x, h, h, *weights)
+                fused_cuda.forward('conv_lstm', *tensors, None, None)
+                fused_cuda.backward('conv_lstm', *tensors, x, x if state else None)
+    compiled = {
+        (
+            kind,
+            *(
+                (k, v if isinstance(v, fused_cuda.Shape) or k in ('GATES', 'num_warps') else v is None)
+                for k, v in args.items()
+            ),
+        )
+        for kind, _, args in found
+    }
+    assert len(found) == 32 and len(compiled) <= 24
 
 
 def test_tensors_of_the_cpu_are_refused():

@@ -14,6 +14,7 @@ from conftest import randomize, scaled_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import library as torch_library
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
 
 from timm_regnet_rnn import ops
@@ -228,6 +229,19 @@ def test_batch_norm_relu_is_torchs():
         fused.batch_norm_relu(far.double(), torch.ones(16), torch.ones(16), 1e-5)
 
 
+@pytest.mark.parametrize('name', reference.FIRST_STEPS)
+def test_first_step_is_the_step_from_zero(name):
+    """What programs that leave the process hold: the same numbers, and gradients where anything flows."""
+    tensors = [None if t is None else t.detach().double() for t in inputs(name, (2, 3, 4, 5), False)]
+    twins = [[None if t is None else t.clone().requires_grad_() for t in tensors] for _ in range(2)]
+    only_h = NAMES[name] < 4
+    got, grads = run(reference.FIRST_STEPS[name], twins[0], only_h)
+    want, true_grads = run(getattr(reference, f'{name}_step'), twins[1], only_h)
+    for a, b in zip([*got[: 2 - only_h], *grads], [*want[: 2 - only_h], *true_grads]):
+        assert scaled_error(a, b) < 1e-12
+    assert not only_h or got[1] is None
+
+
 @pytest.mark.parametrize('name', NAMES)
 def test_reference_gradients(name):
     tensors = [None if t is None else t.detach().double() for t in inputs(name, (1, 2, 3, 3), True)]
@@ -365,6 +379,26 @@ def test_eval_mode_is_the_same(model, deploy, monkeypatch):
             assert calls['eval'] == (4 if '20' in model else 5), 'not where a gradient may be wanted'
     with torch.no_grad():
         assert scaled_error(torch.compile(net, backend='aot_eager', fullgraph=True)(x), want) < 1e-4
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize('training', [False, True])
+def test_one_compiled_graph_takes_every_batch(training):
+    """One graph for the first batch size, one for all others, none per block; in eval mode the norm of h is inside."""
+    torch.compiler.reset()
+    net, _ = small()
+    net.train(training)
+    counter = CompileCounterWithBackend('aot_eager')
+    compiled = torch.compile(net, backend=counter, fullgraph=True)
+    for batch in (2, 3, 5, 4):
+        x = torch.randn(batch, 3, 16, 16).contiguous(memory_format=CL)
+        with torch.set_grad_enabled(training):
+            want = copy.deepcopy(net)(x)
+            assert scaled_error(compiled(x), want) < 1e-4
+    assert counter.frame_count == 2
+    steps = [n for n in counter.graphs[-1].graph.nodes if n.target is torch.ops.timm_regnet_rnn.conv_lstm]
+    assert len(steps) == 4 and all((step.args[-1] is None) == training for step in steps)
 
 
 @needs_compiler

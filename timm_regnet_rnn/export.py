@@ -57,6 +57,31 @@ def _describe(model: Model, checkpoint: Optional[str], image_size: Optional[int]
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in about.items()}
 
 
+def _pad_pools(graph: Any) -> None:
+    """Let average pools that round up say their padding instead, in place: the same windows.
+
+    ONNX Runtime keeps its blocked layout only through pools that do not round up, and transposes around the others.
+    """
+    from onnx import helper
+
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.value_info}
+    for node in graph.node:
+        if node.op_type != 'AveragePool':
+            continue
+        args = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        shape = shapes.get(node.input[0], [])[2:]
+        plain = not any(args.get('pads', ())) and set(args.get('dilations', ())) <= {1}
+        if not (args.pop('ceil_mode', 0) and plain and shape and all(shape)):
+            continue
+        over = []  # what the last window lacks; where it would lie outside altogether, there is none
+        for size, kernel, stride in zip(shape, args['kernel_shape'], args.get('strides', [1] * len(shape))):
+            lack = -(size - kernel) % stride
+            over.append(lack if lack < kernel else 0)
+        args.update(pads=[0] * len(over) + over, count_include_pad=0)
+        del node.attribute[:]
+        node.attribute.extend(helper.make_attribute(key, value) for key, value in sorted(args.items()))
+
+
 def _to_onnx(net: nn.Module, x: torch.Tensor, batch: Optional[torch.export.Dim], about: Dict[str, str]) -> bytes:
     import onnx
 
@@ -74,6 +99,7 @@ def _to_onnx(net: nn.Module, x: torch.Tensor, batch: Optional[torch.export.Dim],
     proto = program.model_proto
     for part in (*proto.graph.node, *proto.graph.value_info):
         part.ClearField('metadata_props')  # stack traces, with the paths of this machine
+    _pad_pools(proto.graph)
     onnx.helper.set_model_props(proto, about)
     return proto.SerializeToString()
 

@@ -90,9 +90,12 @@ def no_grad_on_cpu(x: torch.Tensor) -> bool:
 
 
 def norm_in_step(cell: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tensor) -> bool:
-    """Whether a regulator's step on x can do the work of the norm and activation behind it too: eval, no gradients."""
-    fusable = not norm.training and is_batch_norm_relu(norm, act)
-    return fusable and no_grad_on_cpu(x) and not listened(cell, norm, act)
+    """Whether a regulator's step on x can do the work of the norm and activation behind it too: eval, no gradients.
+
+    Under torch.compile as well, which fuses nothing into the step.
+    """
+    fusable = not norm.training and is_batch_norm_relu(norm, act) and not torch.is_grad_enabled()
+    return fusable and ops.fused_on_cpu(x) and not listened(cell, norm, act)
 
 
 def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:

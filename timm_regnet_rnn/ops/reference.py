@@ -5,7 +5,7 @@ block's inner width and G the number of gates. Tap 0 of the axis of size two rea
 state.
 """
 
-from typing import Optional, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -88,3 +88,25 @@ def conv_lstm_step(
         c = torch.zeros_like(g)  # not skipped: the forget gate stays in the graph, so DDP finds every parameter used
     c = f * c + i * g
     return o * torch.tanh(c), c
+
+
+def conv_gru_first_step(
+    x: torch.Tensor, h: None, c: Optional[torch.Tensor], weight: torch.Tensor, bias: torch.Tensor
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """From the zero state, without what that multiplies: h' = z ⊙ tanh(gate_n(x, 0))."""
+    z, n = torch.sigmoid(gate(x, None, weight[0], bias[0])), torch.tanh(gate(x, None, weight[2], bias[2]))
+    return z * n, c
+
+
+def conv_lstm_first_step(
+    x: torch.Tensor, h: None, c: None, weight: torch.Tensor, bias: torch.Tensor
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """From the zero state, without what that multiplies: c' = i ⊙ g, h' = o ⊙ tanh(c')."""
+    i, o = torch.sigmoid(gate(x, None, weight[0], bias[0])), torch.sigmoid(gate(x, None, weight[2], bias[2]))
+    new = i * torch.tanh(gate(x, None, weight[3], bias[3]))
+    return o * torch.tanh(new), new
+
+
+FIRST_STEPS: Dict[str, Callable[..., Tuple[torch.Tensor, Optional[torch.Tensor]]]] = dict(
+    conv_gru=conv_gru_first_step, conv_lstm=conv_lstm_first_step
+)
