@@ -22,7 +22,7 @@ from .images import read_image
 
 Model = Any  # a timm model; what timm sets on its models has no types
 
-__all__ = ['check_device', 'class_names', 'create', 'from_file', 'predictions', 'preprocessing']
+__all__ = ['check_device', 'class_names', 'create', 'from_file', 'newest_of', 'predictions', 'preprocessing']
 
 CLASSES = 'classes.json'  # in a run's folder: the names of the classes, in the order of the classifier's outputs
 INPUT = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
@@ -148,7 +148,7 @@ def from_file(
     """
     from .weights.load import read_tensors
 
-    file = _checkpoint_of(file) if file.is_dir() else file
+    file = newest_of(file) if file.is_dir() else file
     tensors, info = read_tensors(file, ema)
     settings = vars(info['args']) if isinstance(info.get('args'), Namespace) else {}
     run = settings if isinstance(settings.get('model'), str) else {}
@@ -209,7 +209,7 @@ def _rows(tensors: Dict[str, torch.Tensor], module: Any, axis: int) -> Optional[
     return weight.shape[axis] if weight is not None and weight.ndim > axis else None
 
 
-def _checkpoint_of(folder: Path) -> Path:
+def newest_of(folder: Path) -> Path:
     """The newest checkpoint in the folder of a run.
 
     Raises:

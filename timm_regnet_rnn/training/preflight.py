@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any, Dict, Tuple
 
 from ..errors import one_line
-from ..inference import check_name
+from ..inference import check_name, newest_of
 
 __all__ = [
     *('OURS', 'average_warning', 'check_batch', 'check_continuation', 'check_known', 'check_model'),
-    *('check_numbers', 'check_results', 'check_room', 'total_epochs'),
+    *('check_numbers', 'check_results', 'check_room', 'check_start', 'total_epochs'),
 ]
 
 OURS = ('config', 'output', 'experiment', 'resume')
@@ -41,14 +41,10 @@ def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
     """
     from ..complexity import on_meta
 
-    name, kwargs = settings['model'], dict(settings['model_kwargs'])
+    name = settings['model']
     check_name(name)
-    if settings['num_classes'] is not None:
-        kwargs['num_classes'] = settings['num_classes']
-    if settings['gp'] is not None:
-        kwargs['global_pool'] = settings['gp']
     try:
-        model = on_meta(name, **kwargs)
+        model = on_meta(name, **model_arguments(settings))
     except Exception as e:  # timm's factories say a wrong name by KeyError, AssertionError and more
         raise ValueError(f'cannot build {name!r}: {one_line(e)}') from None
     size, info = settings['input_size'], getattr(model, 'feature_info', None)
@@ -59,6 +55,47 @@ def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
             f'{size[1]}x{size[2]}; give a model for small images, or --input-size.'
         )
     return sum(p.numel() for p in model.parameters()), int(model.num_classes)  # type: ignore[arg-type]
+
+
+def model_arguments(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments that train.py builds its model with, as far as they shape it."""
+    said = dict(num_classes=settings['num_classes'], global_pool=settings['gp'])
+    return {**settings['model_kwargs'], **{key: value for key, value in said.items() if value is not None}}
+
+
+def check_start(settings: Dict[str, Any]) -> str:
+    """Refuse weights to start from that there are not, or that are not the model's.
+
+    Returns:
+        The file that `--initial-checkpoint` names, of a run's folder its newest checkpoint; '' where nothing is named.
+
+    Raises:
+        ValueError, OSError: In one line.
+    """
+    import timm
+
+    from ..weights.load import check_file
+
+    name, start = settings['model'], settings['initial_checkpoint']
+    if not start:
+        if settings['pretrained'] and not settings['pretrained_path'] and not timm.models.is_model_pretrained(name):
+            raise ValueError(
+                f'{name!r} has no pretrained weights to start from; `timm-regnet-rnn list --pretrained` prints the '
+                'names that have, and --initial-checkpoint takes a file or the folder of a run.'
+            )
+        return ''
+    file = newest_of(Path(start)) if Path(start).is_dir() else Path(start)
+    check_file(file)
+    kwargs = dict(in_chans=settings['in_chans'] or (settings['input_size'] or (3,))[0], **model_arguments(settings))
+    if settings['pretrained']:  # as train.py builds it for --pretrained-path: with a classifier that starts anew
+        kwargs.update(pretrained=True, pretrained_cfg_overlay=dict(file=str(file), num_classes=-1))
+    else:
+        kwargs.update(checkpoint_path=str(file))
+    try:
+        timm.create_model(name, **kwargs)
+    except Exception as e:  # timm's loaders say what does not fit by RuntimeError, KeyError and more
+        raise ValueError(f'{str(file)!r} is no start for {name!r}: {one_line(e)}') from None
+    return str(file)
 
 
 def check_numbers(settings: Dict[str, Any], nproc: int) -> None:
