@@ -15,7 +15,12 @@ from safetensors.torch import save
 from timm_regnet_rnn.cli import main
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [
+    ROOT / 'README.md',
+    ROOT / 'CONTRIBUTING.md',
+    ROOT / 'examples' / 'README.md',
+    *sorted((ROOT / 'docs').glob('*.md')),
+]
 
 
 def blocks(page, language):
@@ -66,7 +71,7 @@ def test_commands_exist(capsys):
 def test_scripts_exist():
     for page in PAGES:
         for script in re.findall(
-            r'(?:python|bash) ((?:hub|train_recipes|benchmarks|\.ci)/[\w./]+)', page.read_text('utf-8')
+            r'(?:python|bash) ((?:hub|train_recipes|benchmarks|examples|\.ci)/[\w./]+)', page.read_text('utf-8')
         ):
             assert (ROOT / script).is_file(), (page.name, script)
 

@@ -21,7 +21,7 @@ def test_notebooks_run(path, hub, tmp_path):
     """Each in a kernel of its own, with the stand-in for the Hub; a cell that raises fails the test."""
     notebook = nbformat.read(path, as_version=4)
     env = environment(hub, HF_HOME=str(tmp_path / 'hf'), TMPDIR=str(tmp_path), OMP_NUM_THREADS='1')
-    env['HF_TOKEN'] = 'hf_right'
+    env.update(HF_TOKEN='hf_right', HF_HUB_DISABLE_XET='1')
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get('PYTHONPATH')]))
     before = sorted(EXAMPLES.iterdir())
     client = NotebookClient(notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': EXAMPLES}})
@@ -48,12 +48,10 @@ def segmentation():
 
 @pytest.fixture(scope='module')
 def digits():
-    """In place of scikit-learn's: a bar that stands in another column for each of ten classes."""
-    images = np.zeros((20, 8, 8), np.float32)
-    labels = np.arange(20) % 10
-    for image, label in zip(images, labels):
-        image[:, label % 8] = 1
-    return images, labels
+    """In place of scikit-learn's: a bar each, in another column."""
+    images = np.zeros((8, 8, 8), np.float32)
+    images[range(8), :, range(8)] = 1
+    return images
 
 
 def test_scenes_are_labelled_where_the_ink_is(segmentation, digits):
@@ -61,15 +59,16 @@ def test_scenes_are_labelled_where_the_ink_is(segmentation, digits):
     again, _ = segmentation.scenes(digits, 32, 8, np.random.default_rng(0))
     assert x.shape == (8, 3, 32, 32) and y.shape == (8, 32, 32) and torch.equal(x, again)
     for scene, target in zip(x, y):
-        classes = target.unique()
-        assert classes[0] == 0 and 2 <= len(classes) <= 3 and classes.max() <= 10  # background and two digits
-        assert scene[0][target > 0].mean() > scene[0][target == 0].mean() + 0.3
-    perfect = lambda x: torch.nn.functional.one_hot(y_of[x.shape[0]], 11).permute(0, 3, 1, 2)  # noqa: E731
-    batches = list(segmentation.batches(digits, 32, 1, seed=10**6))
-    y_of = {16: batches[0][1]}
+        assert (target == 2).sum() == 2 * 2 * 16 and 0 < (target == 1).sum() < 12 * 2 * 8, 'two bars of 2x16 pixels'
+        assert scene[0][target > 0].min() > 0.1 and abs(scene[0][target == 0].mean()) < 0.05
+
+
+def test_mean_iou_of_what_is_right_and_of_background_alone(segmentation, digits):
+    ((_, y),) = segmentation.batches(digits, 32, 1, seed=10**6)
     net = torch.nn.Identity()
-    net.forward = perfect
-    assert segmentation.mean_iou(net, digits, 32, 16) == pytest.approx(100)
+    for found, iou in ((y, 100.0), (torch.zeros_like(y), 100 * (y == 0).float().mean().item() / 3)):
+        net.forward = lambda x, found=found: torch.nn.functional.one_hot(found, 3).permute(0, 3, 1, 2)
+        assert segmentation.mean_iou(net, digits, 32, 16) == pytest.approx(iou, rel=1e-4)
 
 
 @pytest.mark.slow
@@ -82,4 +81,4 @@ def test_a_segmenter_learns(segmentation, digits, name):
         before = torch.nn.functional.cross_entropy(model(x), y)
     segmentation.train(model, digits, 32, updates=8, seed=0)
     with torch.no_grad():
-        assert torch.nn.functional.cross_entropy(model(x), y) < before / 2
+        assert torch.nn.functional.cross_entropy(model(x), y) < 0.8 * before

@@ -25,6 +25,8 @@ def check_known(model: str, data_dir: str, download: bool) -> None:
     Raises:
         ValueError: In one line.
     """
+    if '/' in model and Path(model).exists():
+        raise ValueError(f'{model!r} is no name of a model; weights to start from are given by --initial-checkpoint.')
     check_name(model)
     if not download and not Path(data_dir).is_dir():
         raise ValueError(f'no data folder {data_dir!r}.')
@@ -74,7 +76,9 @@ def check_start(settings: Dict[str, Any]) -> str:
     """
     import timm
 
-    from ..weights.load import check_file
+    from ..inference import rows_of
+    from ..warm_start import as_resnet
+    from ..weights.load import check_file, read_weights
 
     name, start = settings['model'], settings['initial_checkpoint']
     if not start:
@@ -86,11 +90,18 @@ def check_start(settings: Dict[str, Any]) -> str:
         return ''
     file = newest_of(Path(start)) if Path(start).is_dir() else Path(start)
     check_file(file)
-    kwargs = dict(in_chans=settings['in_chans'] or (settings['input_size'] or (3,))[0], **model_arguments(settings))
-    if settings['pretrained']:  # as train.py builds it for --pretrained-path: with a classifier that starts anew
-        kwargs.update(pretrained=True, pretrained_cfg_overlay=dict(file=str(file), num_classes=-1))
+    kwargs, cfg = model_arguments(settings), timm.models.get_pretrained_cfg(name)
+    if settings['pretrained']:
+        # train.py's --pretrained-path lets the classifier start anew, and drops what does not fit without a word: with
+        # the classes and channels of the file, timm takes all of it or says what is wrong
+        state = as_resnet(read_weights(file))
+        classes = rows_of(state, cfg.classifier, 0) or 0
+        channels = rows_of(state, cfg.first_conv, 1) or cfg.input_size[0]
+        overlay = dict(file=str(file), num_classes=classes, input_size=(channels, *cfg.input_size[1:]))
+        kwargs.update(pretrained=True, num_classes=classes, in_chans=channels, pretrained_cfg_overlay=overlay)
     else:
-        kwargs.update(checkpoint_path=str(file))
+        channels = settings['in_chans'] or (settings['input_size'] or (3,))[0]
+        kwargs.update(checkpoint_path=str(file), in_chans=channels)
     try:
         timm.create_model(name, **kwargs)
     except Exception as e:  # timm's loaders say what does not fit by RuntimeError, KeyError and more
