@@ -90,7 +90,8 @@ def check_start(settings: Dict[str, Any]) -> str:
         return ''
     file = newest_of(Path(start)) if Path(start).is_dir() else Path(start)
     check_file(file)
-    kwargs, cfg = model_arguments(settings), timm.models.get_pretrained_cfg(name)
+    kwargs = model_arguments(settings)
+    cfg: Any = timm.models.get_pretrained_cfg(name)
     if settings['pretrained']:
         # train.py's --pretrained-path lets the classifier start anew, and drops what does not fit without a word: with
         # the classes and channels of the file, timm takes all of it or says what is wrong
