@@ -182,6 +182,7 @@ def test_split_copies_where_there_are_no_links(photos, tmp_path, monkeypatch):
         (lambda p: [shutil.rmtree(p / name) for name in ('dog', 'ä b')], [], "of two classes or more, got 'cat'"),
         (lambda p: (p / 'dog' / '0.png').rename(p / '0.png'), [], 'lies beside the class folders'),
         (lambda p: draw(p / 'dog' / 'old' / '9.png'), [], "timm would take 'old' for its class"),
+        (lambda p: (p / 'dog' / '9.png').symlink_to('/dev/zero'), [], "dog/9.png' is no regular file"),
         (lambda p: (p / 'ä b' / '0.png').unlink(), [], "class 'ä b' has one image"),
     ],
 )

@@ -125,6 +125,9 @@ def hold_out(source: Path, to: Path, share: float = 0.2) -> Dict[str, Tuple[int,
     alone = [name for name, files in images.items() if len(files) < 2]
     if alone:
         raise UsageError(f'class {alone[0]!r} has one image; to hold one out it takes two at least.')
+    odd = [file for files in images.values() for file in files if not os.path.isfile(file)]
+    if odd:
+        raise UsageError(f'{odd[0]!r} is no regular file.')
     counts: Dict[str, Tuple[int, int]] = {}
     to.parent.mkdir(parents=True, exist_ok=True)
     with scratch_folder(to.parent) as scratch:
