@@ -28,7 +28,12 @@ FLAGS = {
     for flag in option['flags']
 }
 RAW = 'https://raw.githubusercontent.com/timm-regnet-rnn/timm_regnet_rnn/main/'
-PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [
+    ROOT / 'README.md',
+    ROOT / 'CONTRIBUTING.md',
+    ROOT / 'examples' / 'README.md',
+    *sorted((ROOT / 'docs').glob('*.md')),
+]
 
 
 def blocks(page, language):
@@ -176,7 +181,7 @@ def test_shell_lines_that_need_nothing_run(tmp_path, monkeypatch, capsys):
 def test_scripts_exist():
     for page in PAGES:
         for script in re.findall(
-            r'(?:python|bash) ((?:hub|train_recipes|benchmarks|\.ci)/[\w./]+)', page.read_text('utf-8')
+            r'(?:python|bash) ((?:hub|train_recipes|benchmarks|examples|\.ci)/[\w./]+)', page.read_text('utf-8')
         ):
             assert (ROOT / script).is_file(), (page.name, script)
 

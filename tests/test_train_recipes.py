@@ -64,9 +64,13 @@ def test_every_recipe_is_what_train_py_takes(path):
     config = load_recipe(path)
     assert check_recipe(config, OPTIONS) == []
     assert config['device_modules'] == ['timm_regnet_rnn']
-    assert {'input_size', 'epochs', 'batch_size', 'lr'} <= set(config)
-    if config['input_size'][1] <= 32:
+    assert {'epochs', 'batch_size', 'lr'} <= set(config)
+    if path.stem == 'finetune':  # for any folder: size and mean by the model, classes by the data
+        assert not {'input_size', 'num_classes', 'mean', 'std', 'crop_pct', 'train_split', 'val_split'} & set(config)
+    elif config['input_size'][1] <= 32:
         assert config['num_classes'] == 10 and config['val_split'] == 'test'
+    else:
+        assert config['num_classes'] == 1000
     # these belong to the command line
     assert not {'model', 'data', 'data_dir', 'output', 'device', 'resume', 'workers', 'seed'} & set(config)
 

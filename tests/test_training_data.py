@@ -10,11 +10,11 @@ from fuzz_mutants import chunk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_cli import call
+from test_cli import call, refused
 from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 
-from timm_regnet_rnn.training.data import Data, check_data, read_classes, split_folder
+from timm_regnet_rnn.training.data import Data, check_data, hold_out, read_classes, split_folder
 
 
 @pytest.mark.slow
@@ -108,7 +108,7 @@ def told(root, **changes):
 
 def test_what_training_will_read(data):
     assert check_data(told(data)) == Data(8, ('cat', 'dog'))
-    assert check_data(told(data, num_classes=2), 10) == check_data(told(data), 2) == Data(8, ('cat', 'dog'))
+    assert check_data(told(data, num_classes=2)) == Data(8, ('cat', 'dog'))
     exact = dict(scale=[0.64, 0.64], input_size=[3, 32, 32])
     assert check_data(told(data, **exact)).images == 8  # 32 of 40
     assert check_data(told(data, scale=[0.64, 0.64])).images == 8
@@ -129,8 +129,6 @@ def test_what_training_will_read(data):
         with pytest.raises(ValueError) as caught:
             check_data(told(data, **changes))
         assert words in str(caught.value) and '\n' not in str(caught.value), caught.value
-    with pytest.raises(ValueError, match='the data have 2 classes, the model 10'):
-        check_data(told(data), 10)
 
 
 def test_data_that_cannot_be_known_before(tmp_path):
@@ -161,3 +159,75 @@ def test_a_first_image_that_cannot_be_read(what, tmp_path, data, recwarn):
     with pytest.raises(ValueError, match='cannot read .*0.png'):
         check_data(wanted)
     assert not recwarn.list
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three classes without splits, of 10, 3 and 2 images, each image another one."""
+    for name, count in (('cat', 10), ('dog', 3), ('ä b', 2)):
+        for i in range(count):
+            draw(tmp_path / 'photos' / name / f'{i}.png', size=(8 + i, 8))
+    (tmp_path / 'photos' / 'notes').mkdir()
+    (tmp_path / 'photos' / 'cat' / 'notes.txt').write_text('no image')
+    return tmp_path / 'photos'
+
+
+def files(root):
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob('*') if file.is_file()}
+
+
+def test_split(capsys, photos, tmp_path):
+    """Every image is in one of the two, of each class a share and at least one; the same each time."""
+    before = files(photos)
+    status, out, _ = call(capsys, 'split', photos, '--to', tmp_path / 'new' / 'data')
+    assert status == 0 and out == f'{tmp_path}/new/data: 3 classes, 11 images in train/, 4 in val/\n'
+    train, val = files(tmp_path / 'new' / 'data' / 'train'), files(tmp_path / 'new' / 'data' / 'val')
+    assert len(train) == 11 and len(val) == 4 and not train.keys() & val.keys()
+    assert {**train, **val} == {name: data for name, data in before.items() if not name.endswith('.txt')}
+    assert files(photos) == before and list((tmp_path / 'new').iterdir()) == [tmp_path / 'new' / 'data']
+    assert hold_out(photos, tmp_path / 'again') == {'cat': (8, 2), 'dog': (2, 1), 'ä b': (1, 1)}
+    assert files(tmp_path / 'again' / 'val') == val
+    assert hold_out(photos, tmp_path / 'most', 0.99) == {'cat': (1, 9), 'dog': (1, 2), 'ä b': (1, 1)}
+    settings = told(tmp_path / 'again', val_split='val')
+    assert check_data(settings) == Data(11, ('cat', 'dog', 'ä b'))
+
+
+def test_split_copies_where_there_are_no_links(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr('os.link', lambda *_: (_ for _ in ()).throw(OSError('no links here')))
+    hold_out(photos, tmp_path / 'data')
+    assert len(files(tmp_path / 'data')) == 15
+
+
+@pytest.mark.parametrize(
+    'change, words, message',
+    [
+        (lambda p: None, ['--held-out', '1'], 'must be between 0 and 1, got 1.0'),
+        (lambda p: None, ['--held-out', 'nan'], 'must be between 0 and 1, got nan'),
+        (lambda p: (p.parent / 'data').mkdir(), [], "data' exists; give --to another one"),
+        (lambda p: None, ['--to', 'photos/data'], "'photos/data' would lie in 'photos', among its classes"),
+        (lambda p: shutil.rmtree(p), [], "no folder 'photos'"),
+        (lambda p: (p / 'val').mkdir(), [], "'photos' holds splits, not classes: val;"),
+        (lambda p: [shutil.rmtree(p / name) for name in ('dog', 'ä b')], [], "of two classes or more, got 'cat'"),
+        (lambda p: (p / 'dog' / '0.png').rename(p / '0.png'), [], 'lies beside the class folders'),
+        (lambda p: draw(p / 'dog' / 'old' / '9.png'), [], "timm would take 'old' for its class"),
+        (lambda p: (p / 'dog' / '9.png').symlink_to('/dev/zero'), [], "dog/9.png' is no regular file"),
+        (lambda p: (p / 'ä b' / '0.png').unlink(), [], "class 'ä b' has one image"),
+    ],
+)
+def test_split_refuses(capsys, photos, tmp_path, monkeypatch, change, words, message):
+    monkeypatch.chdir(tmp_path)
+    change(photos)
+    before = sorted(tmp_path.rglob('*'))
+    assert message in refused(capsys, 'split', 'photos', '--to', 'data', *words)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_folder_without_splits_is_told_of_split(photos):
+    told_of = told(photos, val_split='validation')
+    with pytest.raises(ValueError, match=f"no folder 'train' .* `timm-regnet-rnn split {photos} --to NEW` makes both"):
+        check_data(told_of)
+    photos.rename(photos.parent / 'train')
+    with pytest.raises(ValueError, match=f"no folder 'validation' .* split {photos.parent}/train --to NEW` makes both"):
+        check_data({**told_of, 'data_dir': photos.parent})
+    with pytest.raises(ValueError, match=r"no folder 'test' .* with a folder per class in it\.$"):  # which it makes not
+        check_data({**told_of, 'data_dir': photos.parent, 'val_split': 'test'})

@@ -146,6 +146,8 @@ def test_what_is_not_there_is_said_first(tmp_path):
         check_known('regnet_convlstm_21', str(tmp_path), False)
     with pytest.raises(ValueError, match="has no tag 'nosuch'"):
         check_known('regnet_convlstm_20.nosuch', str(tmp_path), False)
+    with pytest.raises(ValueError, match='is no name of a model; weights to start from are given by --initial'):
+        check_known(str(tmp_path), str(tmp_path), False)
 
 
 def test_a_table_that_takes_no_row(tmp_path):

@@ -221,7 +221,8 @@ def test_what_was_given_is_read_back_by_train_py():
 def test_a_summary_that_lost_its_end_gives_no_row(tmp_path):
     """A last line without its end is no line, even where what is left of it reads as numbers."""
     lines = ['epoch,train_loss,eval_loss,eval_top1,eval_top5,lr', '0,2.0,1.0,60.0,95.0,0.1', '1,1.5,0.9,55.5,96.0,0.05']
-    summary, row = tmp_path / 'summary.csv', dict.fromkeys(results.COLUMNS, '1') | dict(run='a', weights='last', commit='')
+    summary = tmp_path / 'summary.csv'
+    row = dict.fromkeys(results.COLUMNS, '1') | dict(run='a', weights='last', commit='')
     for text, epochs in (('\n'.join([*lines, '']), 2), ('\n'.join(lines), 1), ('\n'.join([*lines[:2], '']), 1)):
         summary.write_text(text)
         curve = record.learning_curve(tmp_path)

@@ -155,6 +155,50 @@ def test_dry_run_prints_the_command(capsys, recorded, argv, tmp_path, monkeypatc
     )
 
 
+@pytest.fixture
+def finetune(data, argv):
+    """The recipe for one's own folder, with train/ and val/."""
+    (data / 'test').rename(data / 'val')
+    where = argv[argv.index('--output') :]
+    return ['train', 'finetune', '--model', 'regnet_convlstm_20', '--data-dir', data, '--batch-size', '4', *where]
+
+
+def test_a_folder_of_ones_own(capsys, finetune, data, tmp_path):
+    """Nothing says how many classes; the run's folder is a model that knows their names, for every command."""
+    status, out, err = call(capsys, *finetune, '--epochs', '1', '--device', 'cpu', '-j', '0', '--seed', '1')
+    assert status == 0, err
+    run = tmp_path / 'run'
+    predicted = json.loads(call(capsys, 'predict', data / 'val', '--model', run, '--json')[1])
+    assert len(predicted) == 4 and {name for image in predicted for name, _ in image['top']} == {*CLASSES}
+    image = data / 'val' / 'cat' / '0.png'
+    assert call(capsys, 'visualize', image, '--model', run, '--output', tmp_path / 'seen.html')[0] == 0
+    assert '% </b> cat' in (tmp_path / 'seen.html').read_text().replace('%</b>', '% </b>')
+    assert call(capsys, 'export', run, '--format', 'safetensors', '--output', tmp_path / 'net.safetensors')[0] == 0
+    again = json.loads(call(capsys, 'predict', image, '--model', tmp_path / 'net.safetensors', '--json')[1])
+    assert again[0]['top'] == predicted[0]['top']
+    status, out, err = call(capsys, 'push', run, '--repo-id', 'me/pets', '--dry-run')
+    assert status == 0, err
+    start = ['--initial-checkpoint', run, '--output', tmp_path / 'second', '--dry-run']
+    out = call(capsys, *finetune, *start)[1]
+    assert f"--pretrained-path {run / 'last.pth.tar'} --initial-checkpoint ''" in out and '--num-classes 2' in out
+
+
+def test_starts_that_are_none(capsys, recorded, finetune, tmp_path):
+    assert 'no pretrained weights to start from' in refused(capsys, *finetune, '--model', 'regnet_convlstm_110')
+    (tmp_path / 'empty').mkdir()
+    other = tmp_path / 'other.pth'
+    torch.save(timm.create_model('cifar_resnet_32').state_dict(), other)
+    for start, words in (
+        (tmp_path / 'none.pth', 'no weights file'),
+        (tmp_path / 'empty', 'no checkpoint in folder'),
+        (other, "other.pth' is no start for 'regnet_convlstm_20'"),
+    ):
+        assert words in refused(capsys, *finetune, '--initial-checkpoint', start)
+    torch.save(timm.create_model('cifar_resnet_20', num_classes=5).state_dict(), other)  # of other classes
+    assert call(capsys, *finetune, '--initial-checkpoint', other, '--dry-run')[0] == 0
+    assert not (tmp_path / 'run').exists()
+
+
 def test_a_folder_takes_one_run_at_a_time(capsys, recorded, argv, tmp_path):
     (tmp_path / 'run').mkdir()
     with FileLock(tmp_path / 'run' / '.lock'):

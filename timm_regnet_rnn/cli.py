@@ -125,6 +125,16 @@ def cmd_train(args: argparse.Namespace) -> int:
     )
 
 
+def cmd_split(args: argparse.Namespace) -> int:
+    """Make train/ and val/ out of one folder of classes."""
+    from .training.data import hold_out
+
+    counts = hold_out(Path(args.folder), Path(args.to), args.held_out)
+    train, val = (sum(numbers) for numbers in zip(*counts.values()))
+    print(f'{args.to}: {len(counts)} classes, {train} images in train/, {val} in val/')
+    return 0
+
+
 def cmd_study(args: argparse.Namespace) -> int:
     """Run what has no row yet of a study."""
     from .training.study import study
@@ -298,6 +308,7 @@ def make_parser() -> argparse.ArgumentParser:
         "train by a recipe with timm's train.py",
         'train_recipes/cifar_paper.yaml --model regnet_convlstm_20 --data-dir data/cifar10_pad4',
         'train_recipes/cifar_paper.yaml --model regnet_convlstm_20 --data-dir data/cifar10_pad4 --seed 1 --dry-run',
+        'finetune --model regnet_convlstm_50.resnet50_a1_in1k --data-dir photos',
         usage='%(prog)s RECIPE --model M --data-dir D [options] [any flag of train.py]',
         allow_abbrev=False,
     )
@@ -314,6 +325,17 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument('--node-rank', type=int, default=0, metavar='R', help='which of them this is; 0 writes the row')
     sub.add_argument('--rdzv-endpoint', default='', metavar='HOST:PORT', help='a free port of node 0, for all')
     sub.add_argument('--dry-run', action='store_true', help='print the command and stop')
+
+    sub = command(
+        'split',
+        cmd_split,
+        'make train/ and val/ out of one folder of classes',
+        'photos --to data',
+        'photos --to data --held-out 0.3',
+    )
+    sub.add_argument('folder', metavar='FOLDER', help='holds a folder of images for every class; stays as it is')
+    sub.add_argument('--to', required=True, metavar='DIR', help='the folder to make; links, where the disk has them')
+    sub.add_argument('--held-out', type=float, default=0.2, metavar='S', help='share for val/; default: %(default)s')
 
     sub = command(
         'study',

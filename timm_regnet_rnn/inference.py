@@ -24,7 +24,7 @@ from .images import read_image
 log = logging.getLogger('timm_regnet_rnn')
 Model = Any  # a timm model; what timm sets on its models has no types
 
-__all__ = ['check_device', 'class_names', 'create', 'from_file', 'predictions', 'preprocessing']
+__all__ = ['check_device', 'class_names', 'create', 'from_file', 'newest_of', 'predictions', 'preprocessing', 'rows_of']
 
 CLASSES = 'classes.json'  # in a run's folder: the names of the classes, in the order of the classifier's outputs
 INPUT = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
@@ -150,7 +150,7 @@ def from_file(
     """
     from .weights.load import read_tensors
 
-    file = _checkpoint_of(file) if file.is_dir() else file
+    file = newest_of(file) if file.is_dir() else file
     tensors, info = read_tensors(file, ema)
     settings = vars(info['args']) if isinstance(info.get('args'), Namespace) else {}
     run = settings if isinstance(settings.get('model'), str) else {}
@@ -169,7 +169,7 @@ def from_file(
         kwargs = dict(model_kwargs or run.get('model_kwargs') or json.loads(info.get('model_args', '{}')))
         if run.get('gp'):
             kwargs['global_pool'] = run['gp']
-        sizes = dict(num_classes=_rows(tensors, cfg.classifier, 0), in_chans=_rows(tensors, cfg.first_conv, 1))
+        sizes = dict(num_classes=rows_of(tensors, cfg.classifier, 0), in_chans=rows_of(tensors, cfg.first_conv, 1))
         kwargs.update({key: value for key, value in sizes.items() if value})
         said = {} if run else _metadata(info)
         channels = kwargs.get('in_chans', cfg.input_size[0])
@@ -205,13 +205,13 @@ def from_file(
     return FromFile(model.eval(), tensors, run, info)
 
 
-def _rows(tensors: Dict[str, torch.Tensor], module: Any, axis: int) -> Optional[int]:
+def rows_of(tensors: Dict[str, torch.Tensor], module: Any, axis: int) -> Optional[int]:
     """The length along an axis of the weight of a module, None where there is no such weight."""
     weight = tensors.get(f'{module}.weight') if isinstance(module, str) else None
     return weight.shape[axis] if weight is not None and weight.ndim > axis else None
 
 
-def _checkpoint_of(folder: Path) -> Path:
+def newest_of(folder: Path) -> Path:
     """The newest checkpoint in the folder of a run.
 
     Raises:

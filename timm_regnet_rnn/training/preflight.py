@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any, Dict, Sequence, Tuple
 
 from ..errors import one_line
-from ..inference import CLASSES, check_name
+from ..inference import CLASSES, check_name, newest_of
 
 __all__ = [
     *('OURS', 'average_warning', 'check_batch', 'check_continuation', 'check_known', 'check_model'),
-    *('check_numbers', 'check_results', 'check_room', 'total_epochs'),
+    *('check_numbers', 'check_results', 'check_room', 'check_start', 'total_epochs'),
 ]
 
 OURS = ('config', 'output', 'experiment', 'resume')
@@ -26,6 +26,8 @@ def check_known(model: str, data_dir: str, download: bool) -> None:
     Raises:
         ValueError: In one line.
     """
+    if '/' in model and Path(model).exists():
+        raise ValueError(f'{model!r} is no name of a model; weights to start from are given by --initial-checkpoint.')
     check_name(model)
     if not download and not Path(data_dir).is_dir():
         raise ValueError(f'no data folder {data_dir!r}.')
@@ -42,14 +44,10 @@ def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
     """
     from ..complexity import on_meta
 
-    name, kwargs = settings['model'], dict(settings['model_kwargs'])
+    name = settings['model']
     check_name(name)
-    if settings['num_classes'] is not None:
-        kwargs['num_classes'] = settings['num_classes']
-    if settings['gp'] is not None:
-        kwargs['global_pool'] = settings['gp']
     try:
-        model = on_meta(name, **kwargs)
+        model = on_meta(name, **model_arguments(settings))
     except Exception as e:  # timm's factories say a wrong name by KeyError, AssertionError and more
         raise ValueError(f'cannot build {name!r}: {one_line(e)}') from None
     size, info = settings['input_size'], getattr(model, 'feature_info', None)
@@ -60,6 +58,57 @@ def check_model(settings: Dict[str, Any]) -> Tuple[int, int]:
             f'{size[1]}x{size[2]}; give a model for small images, or --input-size.'
         )
     return sum(p.numel() for p in model.parameters()), int(model.num_classes)  # type: ignore[arg-type]
+
+
+def model_arguments(settings: Dict[str, Any]) -> Dict[str, Any]:
+    """The arguments that train.py builds its model with, as far as they shape it."""
+    said = dict(num_classes=settings['num_classes'], global_pool=settings['gp'])
+    return {**settings['model_kwargs'], **{key: value for key, value in said.items() if value is not None}}
+
+
+def check_start(settings: Dict[str, Any]) -> str:
+    """Refuse weights to start from that there are not, or that are not the model's.
+
+    Returns:
+        The file that `--initial-checkpoint` names, of a run's folder its newest checkpoint; '' where nothing is named.
+
+    Raises:
+        ValueError, OSError: In one line.
+    """
+    import timm
+
+    from ..inference import rows_of
+    from ..warm_start import as_resnet
+    from ..weights.load import check_file, read_weights
+
+    name, start = settings['model'], settings['initial_checkpoint']
+    if not start:
+        if settings['pretrained'] and not settings['pretrained_path'] and not timm.models.is_model_pretrained(name):
+            raise ValueError(
+                f'{name!r} has no pretrained weights to start from; `timm-regnet-rnn list --pretrained` prints the '
+                'names that have, and --initial-checkpoint takes a file or the folder of a run.'
+            )
+        return ''
+    file = newest_of(Path(start)) if Path(start).is_dir() else Path(start)
+    check_file(file)
+    kwargs = model_arguments(settings)
+    cfg: Any = timm.models.get_pretrained_cfg(name)
+    if settings['pretrained']:
+        # train.py's --pretrained-path lets the classifier start anew, and drops what does not fit without a word: with
+        # the classes and channels of the file, timm takes all of it or says what is wrong
+        state = as_resnet(read_weights(file))
+        classes = rows_of(state, cfg.classifier, 0) or 0
+        channels = rows_of(state, cfg.first_conv, 1) or cfg.input_size[0]
+        overlay = dict(file=str(file), num_classes=classes, input_size=(channels, *cfg.input_size[1:]))
+        kwargs.update(pretrained=True, num_classes=classes, in_chans=channels, pretrained_cfg_overlay=overlay)
+    else:
+        channels = settings['in_chans'] or (settings['input_size'] or (3,))[0]
+        kwargs.update(checkpoint_path=str(file), in_chans=channels)
+    try:
+        timm.create_model(name, **kwargs)
+    except Exception as e:  # timm's loaders say what does not fit by RuntimeError, KeyError and more
+        raise ValueError(f'{str(file)!r} is no start for {name!r}: {one_line(e)}') from None
+    return str(file)
 
 
 def check_numbers(settings: Dict[str, Any], nproc: int) -> None:

@@ -19,7 +19,6 @@ from huggingface_hub.utils import tqdm
 from ..files import place
 from ..inference import CLASSES, check_device
 from ..results import IN_WHEEL
-from ..weights.load import check_file
 from .data import Data, check_data
 from .preflight import (
     OURS,
@@ -31,6 +30,7 @@ from .preflight import (
     check_numbers,
     check_results,
     check_room,
+    check_start,
     total_epochs,
 )
 from .recipe import check_recipe, find_recipe, load_recipe, train_options
@@ -183,7 +183,7 @@ def plan(
     nodes: Nodes = ONE_NODE,
     root: str = 'output',
     here: bool = True,
-    data_of: Callable[[Dict[str, Any], int], Data] = check_data,
+    data_of: Callable[[Dict[str, Any]], Data] = check_data,
 ) -> Plan:
     """Work out a run, and refuse what cannot work.
 
@@ -228,7 +228,11 @@ def plan(
     parameters, classes = check_model(settings)
     total = total_epochs(settings)
     check_numbers(settings, processes)
-    data = data_of(settings, classes)
+    data = data_of(settings)
+    if settings['num_classes'] is None and len(data.names) not in (0, classes):  # the model's head is made for the data
+        settings['num_classes'] = len(data.names)
+        auto += ['--num-classes', str(len(data.names))]
+    start = check_start(settings)
     check_batch(settings['batch_size'], data.images)
     warning = average_warning(settings, data.images)
     name = run_name(settings, Path(recipe), list(given))
@@ -247,11 +251,10 @@ def plan(
         settings['batch_size'] //= processes  # train.py's is that of one process
     command += ['-m', 'timm_regnet_rnn', 'run', str(train_py), '--config', recipe, '--model', model]
     command += ['--data-dir', data_dir, *auto, *flags]
-    start = given.get('initial_checkpoint')
-    if start:
-        check_file(start)
-        if settings['pretrained']:  # the recipe asks for weights, and these are they
-            command += ['--pretrained-path', start, '--initial-checkpoint', '']
+    if start and settings['pretrained']:  # the recipe asks for weights, and these are they
+        command += ['--pretrained-path', start, '--initial-checkpoint', '']
+    elif start:
+        command += ['--initial-checkpoint', start]
     if processes > 1:
         command += ['--batch-size', str(settings['batch_size'])]
     ours = ('cpu_ddp', 'epoch_seed') if processes > 1 and settings['device'] == 'cpu' else ('epoch_seed',)

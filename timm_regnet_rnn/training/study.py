@@ -126,11 +126,11 @@ def plan_runs(
     options = train_options(train_py)
     counted: Dict[Any, Data] = {}
 
-    def data_of(settings: Dict[str, Any], classes: int) -> Data:
-        names = ('dataset', 'data_dir', 'train_split', 'val_split', 'input_size', 'scale', 'ratio')
-        key = repr([*(settings[name] for name in names), settings['num_classes'] or classes])
+    def data_of(settings: Dict[str, Any]) -> Data:
+        names = ('dataset', 'data_dir', 'train_split', 'val_split', 'input_size', 'scale', 'ratio', 'num_classes')
+        key = repr([settings[name] for name in names])
         if key not in counted:
-            counted[key] = check_data(settings, classes)
+            counted[key] = check_data(settings)
         return counted[key]
 
     runs: List[Run] = []
