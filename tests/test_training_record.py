@@ -233,7 +233,7 @@ def test_a_summary_that_lost_its_end_gives_no_row(tmp_path):
         else:
             with pytest.raises(ValueError, match='lacks epoch 2 of a run of 2; it is damaged'):
                 record.check_record(row, curve, 2, tmp_path)
-    with pytest.raises(ValueError, match='gives no sound row: top1 nan, top5 1, best_top1 1.0: not percentages.'):
+    with pytest.raises(ValueError, match='gives no sound row: top1 nan, top5 1.0, best_top1 1.0: not percentages.'):
         record.check_record({**row, 'epochs': 1, 'top1': math.nan, 'top5': '1'}, curve, 1, tmp_path)
 
 
