@@ -59,6 +59,8 @@ def test_python_blocks_run(page, hub, tmp_path):
         code += '\nassert sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) == 9'
     else:
         assert all('assert' in block for block in blocks(page, 'python')), 'a block that asserts nothing'
+    (tmp_path / 'docs').mkdir()
+    shutil.copy(ROOT / 'docs' / 'chelsea.jpg', tmp_path / 'docs')
     env = {**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': hub.endpoint, 'HF_HOME': str(tmp_path)}
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(ROOT), env.get('PYTHONPATH')]))
     done = subprocess.run([sys.executable, '-c', code], env=env, cwd=tmp_path, capture_output=True, text=True)

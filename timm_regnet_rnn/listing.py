@@ -210,7 +210,7 @@ def markdown_tables(rows: Sequence[Dict[str, Any]]) -> str:
     for size in dict.fromkeys(tuple(row['input_size']) for row in rows):
         lines = [['model', 'params M', 'macs G', 'acts M', 'top-1 %', 'gain'], ['---', *['---:'] * 5]]
         for cells in (_cells(row) for row in rows if tuple(row['input_size']) == size):
-            sizes = [f'{cells[title]} {cells[cost]}'.rstrip() for title, cost in WITH_COST]
+            sizes = [f'{cells[title]} {cells[cost]}'.rstrip().replace(' %', '\u00a0%') for title, cost in WITH_COST]
             lines.append([f'`{cells["model"]}`', *sizes, cells['top-1 %'], cells['gain']])
         table = '\n'.join(f'| {" | ".join(line)} |' for line in lines)
         parts.append(f'### Images of {size[1]}x{size[2]}\n\n{table}')
