@@ -3,7 +3,7 @@
 // A task is one image times one block of L channels. It copies x and h into zero-padded scratch that stays in cache,
 // so that no tap needs a border check, and keeps every gate in registers: x, h and c are read once, h' and c' written
 // once. The backward pass computes the gates again instead of reading them. Gate order, shapes and equations are those
-// of reference.py, the specification; compiled on first use by fused_cpu.py. Nothing here allocates memory, so nothing
+// of reference.py, the specification; compile_cpu.py says how it is compiled. Nothing here allocates memory, so nothing
 // throws: the room to work in comes from the caller. Functions return UNUSUAL, and what they wrote is worth nothing,
 // where a value is not finite or beyond LIMIT: sums and saturated gates would not be those of the reference.
 
@@ -656,7 +656,7 @@ struct Norm {
 
 }  // namespace
 
-// name_room: floats that a call of name_forward or name_backward works in, a multiple of 64 bytes.
+// name_room: floats that a call of name_forward or name_backward works in.
 #define CELL(name, Cell)                                                                                             \
     extern "C" int64_t name##_room(                                                                                  \
         int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, int backward) {                 \
