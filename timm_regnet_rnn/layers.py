@@ -19,8 +19,6 @@ __all__ = [
     'scale_and_shift',
 ]
 
-HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-
 
 class SampledConv2d(nn.Conv2d):
     """A 1x1 convolution with a stride that takes its samples first: the same function, through another kernel.
@@ -47,7 +45,7 @@ def listened(*modules: nn.Module) -> bool:
     """Whether a hook would notice that one of the modules is not called itself."""
     if torch.nn.modules.module._has_any_global_hook():
         return True
-    return any(getattr(module, hooks) for module in modules for hooks in HOOKS)
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
 
 
 def is_batch_norm_relu(norm: nn.Module, act: nn.Module) -> bool:
@@ -101,16 +99,17 @@ def norm_in_step(cell: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tens
 def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What a batch norm in eval mode does to each channel: a factor and a summand (C,)."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
-    return scale, norm.bias - norm.running_mean * scale
+    return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
-def fuse(conv: nn.Module, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+def fuse(conv: nn.Module, x: torch.Tensor, h: torch.Tensor, normed: bool = False) -> torch.Tensor:
     """The fuse convolution, 1x1 over [x, h], without writing [x, h] to memory where nobody asks for it.
 
     Args:
         conv: The convolution, (C + N) channels to C; whatever took its place is called with the concatenation.
         x: Features (B, C, H, W).
         h: State (B, N, H, W).
+        normed: h is of a step that `norm_in_step` allowed, without gradients.
 
     Returns:
         Features (B, C, H, W).
@@ -118,7 +117,8 @@ def fuse(conv: nn.Module, x: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     if type(conv) is not nn.Conv2d or not isinstance(x, torch.Tensor) or listened(conv):  # a proxy of torch.fx is none
         return conv(torch.cat((x, h), 1))
     width = x.shape[1]
-    if not no_grad_on_cpu(x) or not h.is_contiguous(memory_format=torch.channels_last):
+    fast = ops.native_on_cpu(x) if normed else no_grad_on_cpu(x)
+    if not fast or not h.is_contiguous(memory_format=torch.channels_last):
         return F.conv2d(x, conv.weight[:, :width], conv.bias).add_(F.conv2d(h, conv.weight[:, width:]))
     # channels_last: matrix products, of which the second adds to the first's result in place
     weight = conv.weight.flatten(1)

@@ -182,7 +182,7 @@ class _Regulated(_Foldable):
             main = self.act_fuse(self.bn_fuse(self.conv_fuse(torch.cat([main, h], 1))))
         else:
             h = raw if normed else norm_act(self.bn_h, self.act_h, raw)
-            main = norm_act(self.bn_fuse, self.act_fuse, fuse(self.conv_fuse, main, h))
+            main = norm_act(self.bn_fuse, self.act_fuse, fuse(self.conv_fuse, main, h, normed))
         return main, h if self.carry_norm else raw
 
     def join(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:

@@ -24,11 +24,14 @@ __all__ = ['STEPS', 'batch_norm_relu', 'unavailable']
 KERNELS = {'cpu': 'fused_cpu', 'cuda': 'fused_cuda'}  # device type -> module of this package
 GATES = {'conv_rnn': 1, 'conv_gru': 3, 'conv_lstm': 4}
 Maybe = Optional[Tensor]
+_modules: Dict[str, Any] = {}
 
 
 def kernels(device: str) -> Any:
     """The module with the kernels of a type of device."""
-    return importlib.import_module(f'.{KERNELS[device]}', __package__)
+    if device not in _modules:  # a step asks several times
+        _modules[device] = importlib.import_module(f'.{KERNELS[device]}', __package__)
+    return _modules[device]
 
 
 @torch.compiler.assume_constant_result

@@ -1,9 +1,9 @@
 // One regulator step, and a batch norm with ReLU, forward and backward, for float32 tensors in channels_last layout.
 //
-// A task is one image times one block of 16 channels. It copies x and h into zero-padded scratch that stays in cache,
+// A task is one image times one block of L channels. It copies x and h into zero-padded scratch that stays in cache,
 // so that no tap needs a border check, and keeps every gate in registers: x, h and c are read once, h' and c' written
 // once. The backward pass computes the gates again instead of reading them. Gate order, shapes and equations are those
-// of reference.py, the specification; compiled on first use by fused_cpu.py. Nothing here allocates memory, so nothing
+// of reference.py, the specification; compile_cpu.py says how it is compiled. Nothing here allocates memory, so nothing
 // throws: the room to work in comes from the caller. Functions return UNUSUAL, and what they wrote is worth nothing,
 // where a value is not finite or beyond LIMIT: sums and saturated gates would not be those of the reference.
 
@@ -28,10 +28,18 @@ namespace {
 constexpr int USUAL = 0, UNUSUAL = 1;
 constexpr float LIMIT = 1e8f;
 
-constexpr int L = 16;     // channels per block
 constexpr int TAPS = 9;   // 3x3
 enum Half { FROM_X, FROM_H };  // what a gate's taps read: [gate][half][tap] throughout
 constexpr int TILE = 4;   // pixels computed together, so that a weight is loaded once for all of them
+// A vector is one register, and a tile's sums fit the registers: 32 of 16 lanes, or 16 of 8. It takes eight sums to keep
+// two FMA ports of four cycles busy.
+#ifdef __AVX512F__
+constexpr int L = 16;         // channels per block
+constexpr int LSTM_TILE = 4;  // pixels of four gates
+constexpr int PAIR = 2;       // gates whose nine taps' gradients are summed together
+#else
+constexpr int L = 8, LSTM_TILE = 2, PAIR = 1;
+#endif
 typedef float V __attribute__((vector_size(L * 4), aligned(4)));
 typedef int32_t I __attribute__((vector_size(L * 4), aligned(4)));
 
@@ -118,7 +126,7 @@ struct Shape {
 
 // Weights (G, N, 2, 3, 3) of one channel block as [gate][x or h][tap][lane], and biases as [gate][lane].
 template <int G>
-struct alignas(64) Weights {
+struct alignas(L * sizeof(float)) Weights {
     float w[G][2][TAPS][L], b[G][L];
     void gather(const float* weight, const float* bias, int64_t channels, int64_t block, Watch& watch) {
         for (int g = 0; g < G; g++)
@@ -194,35 +202,37 @@ inline void gates(
 }
 
 // Calls body(P, y, x) for tiles of P pixels of a row, until they cover the map; P is a compile-time constant.
-template <class Body>
+template <int MOST = TILE, class Body>
 inline void tiles(const Shape& s, Body body) {
     for (int64_t y = 0; y < s.height; y++) {
         int64_t x = 0;
-        for (; x + TILE <= s.width; x += TILE) body(std::integral_constant<int, TILE>{}, y, x);
+        for (; x + MOST <= s.width; x += MOST) body(std::integral_constant<int, MOST>{}, y, x);
         for (; x < s.width; x++) body(std::integral_constant<int, 1>{}, y, x);
     }
 }
 
-// dw[g][half] += sum over pixels of grad_g[pixel] * src[pixel + tap]; one pair of gates at a time fits the registers.
+// dw[g][half] += sum over pixels of grad_g[pixel] * src[pixel + tap], for as many gates at a time as fit the registers.
 template <int G>
 void weight_grad(const Shape& s, const float* src, const float* grads, int half, float (*dw)[2][TAPS][L]) {
-    for (int first = 0; first < G; first += 2) {
-        const int pair = G - first < 2 ? 1 : 2;
-        const float *one = grads + first * s.padded(), *two = one + (pair - 1) * s.padded();
-        V acc[2][TAPS] = {};
+    for (int first = 0; first < G; first += PAIR) {
+        const float* of[PAIR];
+        for (int i = 0; i < PAIR; i++) of[i] = grads + std::min(first + i, G - 1) * s.padded();
+        V acc[PAIR][TAPS] = {};
         for (int64_t y = 0; y < s.height; y++)
             for (int64_t x = 0; x < s.width; x++) {
                 const int64_t o = s.at(y, x);
-                V d1 = load(one + o), d2 = load(two + o);
+                V d[PAIR];
+#pragma GCC unroll 16
+                for (int i = 0; i < PAIR; i++) d[i] = load(of[i] + o);
 #pragma GCC unroll 16
                 for (int t = 0; t < TAPS; t++) {
                     V v = load(s.tap(src + o, t));
-                    acc[0][t] += d1 * v;
-                    acc[1][t] += d2 * v;
+#pragma GCC unroll 16
+                    for (int i = 0; i < PAIR; i++) acc[i][t] += d[i] * v;
                 }
             }
-        for (int g = 0; g < pair; g++)
-            for (int t = 0; t < TAPS; t++) store(dw[first + g][half][t], load(dw[first + g][half][t]) + acc[g][t]);
+        for (int g = first; g < std::min(first + PAIR, G); g++)
+            for (int t = 0; t < TAPS; t++) store(dw[g][half][t], load(dw[g][half][t]) + acc[g - first][t]);
     }
 }
 
@@ -388,7 +398,7 @@ struct LSTM {
         g = g + g - 1.0f;  // tanh
     }
     static void forward(const Task& k, const Weights<G>& w) {
-        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+        tiles<LSTM_TILE>(k.s, [&](auto P, int64_t y, int64_t x) {
             V a[G][P];
             gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
             for (int p = 0; p < P; p++) {
@@ -403,7 +413,7 @@ struct LSTM {
     static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
         const int64_t map = k.s.padded();
         float* grads = k.room;
-        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
+        tiles<LSTM_TILE>(k.s, [&](auto P, int64_t y, int64_t x) {
             V a[G][P];
             gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
             for (int p = 0; p < P; p++) {
@@ -428,7 +438,7 @@ struct LSTM {
 };
 
 // What the threads work in: the weights of every block of channels, then for each thread padded x, h and as many maps
-// more as its cell asks for, and the sums of its weights' gradients. All of it begins at multiples of 64 bytes, because
+// more as its cell asks for, and the sums of its weights' gradients. All of it begins at multiples of a vector, because
 // a load that crosses cache lines costs two.
 template <class Cell, bool BACKWARD>
 struct Room {
@@ -646,7 +656,7 @@ struct Norm {
 
 }  // namespace
 
-// name_room: floats that a call of name_forward or name_backward works in, a multiple of 64 bytes.
+// name_room: floats that a call of name_forward or name_backward works in.
 #define CELL(name, Cell)                                                                                             \
     extern "C" int64_t name##_room(                                                                                  \
         int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, int backward) {                 \

@@ -1,4 +1,5 @@
-"""The kernels of the fused ops on the CPU: fused_cpu.cpp, compiled at the first call and kept in the user's cache.
+"""The kernels of the fused ops on the CPU: fused_cpu.cpp, compiled in the wheel, or at the first call and then kept in
+the user's cache.
 
 They compute in float32 and channels_last, for finite values of ordinary size; a tensor with others (infinite, NaN, or
 beyond 1e8) is computed by the reference. All memory they work in is torch's. Without a C++ compiler there are none,
@@ -10,9 +11,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
-import shutil
-import subprocess
 import tempfile
 import threading
 from pathlib import Path
@@ -20,21 +18,17 @@ from typing import Any, Callable, List, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
+from filelock import FileLock
 from torch import Tensor
 
 from . import reference
+from .compile_cpu import compile_library, find_compiler, library_name, sum_file
 from .fused import check, check_devices
 
 __all__ = ['CONVERTS', 'backward', 'batch_norm_relu', 'batch_norm_relu_backward', 'empty', 'forward', 'unavailable']
 
 CONVERTS = True  # a step turns every tensor into float32 and channels_last
 LANES = 16  # channels that the kernels take together
-SOURCE = Path(__file__).with_name('fused_cpu.cpp')
-FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-shared', '-fPIC', '-Wno-psabi']
-CPU_FLAGS = {
-    'AVX512': ['-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mavx2', '-mfma'],
-    'AVX2': ['-mavx2', '-mfma'],
-}
 UNUSUAL = 1  # what a kernel returns for values that it does not take
 logger = logging.getLogger('timm_regnet_rnn')
 
@@ -67,59 +61,56 @@ def _write(path: Path, data: bytes) -> None:
         Path(scratch).unlink(missing_ok=True)
 
 
-def _compile(compiler: str, flags: List[str]) -> bytes:
-    """The shared library; without OpenMP, on one thread, where the compiler has none.
+def _whole(library: Path) -> bool:
+    """Whether a library is there with the bytes that were written."""
+    summed = sum_file(library)
+    if not (library.is_file() and summed.is_file()):
+        return False
+    return summed.read_text(encoding='utf-8', errors='replace').strip() == _sum(library)
 
-    Raises:
-        OSError: The compiler failed; in one line.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / 'fused_cpu.so'
-        for openmp in (['-fopenmp'], []):
-            command = [*compiler.split(), *flags, *openmp, str(SOURCE), '-o', str(target)]
-            done = subprocess.run(command, capture_output=True, text=True, errors='replace')
-            if done.returncode == 0:
-                if not openmp:
-                    logger.warning('%s has no OpenMP: the regulators of a net run on one thread.', compiler)
-                return target.read_bytes()
-    raise OSError(f'{compiler} failed: {(done.stderr.strip().splitlines() or ["no message"])[0]}')
+
+def _kept(library: Path) -> bool:
+    """Whether the cache has a library, whole and by this user."""
+    return library.is_file() and _trusted(library) and _whole(library)
 
 
 def build() -> Path:
-    """Compile the source, unless the cache has the library, whole and by this user.
+    """The shared library: the wheel's, or the cache's, or else compiled now, by one process while others wait for it.
 
     Returns:
-        The shared library; outside of the cache, for this process alone, where the cache cannot be trusted or used.
+        Its path; outside of the cache, for this process alone, where the cache cannot be trusted or used.
 
     Raises:
         OSError: There is no compiler, or it failed; in one line.
     """
-    compiler = os.environ.get('CXX') or next(filter(shutil.which, ('g++', 'c++', 'clang++')), None)
-    if compiler is None or not shutil.which(compiler.split()[0]):
-        raise OSError(f'no C++ compiler ({compiler or "g++, c++, clang++ or $CXX"})')
-    flags = [*FLAGS, *CPU_FLAGS.get(torch.backends.cpu.get_cpu_capability(), [])]
-    key = hashlib.sha256(repr((compiler, flags, platform.machine())).encode() + SOURCE.read_bytes()).hexdigest()[:16]
-    folder = cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        usable = _trusted(folder)
-    except OSError:
-        usable = False
-    if usable:
-        library, summed = folder / f'fused_cpu-{key}.so', folder / f'fused_cpu-{key}.sha256'
-        if library.is_file() and _trusted(library):
-            if summed.is_file() and summed.read_text(encoding='utf-8', errors='replace').strip() == _sum(library):
-                return library
-            logger.warning('%s is damaged: compiled again.', library)
-    logger.info('compiling the CPU kernels with %s, once: a few seconds.', compiler)
-    data = _compile(compiler, flags)
-    if usable:
+    level = torch.backends.cpu.get_cpu_capability()
+    brought = Path(__file__).with_name(library_name(level))
+    if _whole(brought):
+        return brought
+    compiler, folder = find_compiler(), cache_dir()
+    library = folder / library_name(level, compiler)
+    with contextlib.ExitStack() as stack:
         try:
-            _write(library, data)
-            _write(summed, hashlib.sha256(data).hexdigest().encode())
-            return library
-        except OSError:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            usable = _trusted(folder)
+            if usable and _kept(library):
+                return library
+            if usable:
+                stack.enter_context(FileLock(str(folder / f'.{library.stem}.lock')))
+        except (OSError, NotImplementedError):  # a file system without locks
             usable = False
+        if usable and _kept(library):
+            return library
+        for found in (brought, library):
+            if found.exists():
+                logger.warning('%s is damaged: compiled again.', found)
+        logger.info('compiling the CPU kernels with %s, once: a few seconds.', compiler)
+        data = compile_library(level, compiler)
+        if usable:
+            with contextlib.suppress(OSError):
+                _write(library, data)
+                _write(sum_file(library), hashlib.sha256(data).hexdigest().encode())
+                return library
     logger.warning('%s is not writable, or others can write to it: the CPU kernels are not kept.', folder)
     with tempfile.NamedTemporaryFile(suffix='.so', delete=False) as file:
         file.write(data)
@@ -129,14 +120,18 @@ def build() -> Path:
 def _load() -> Tuple[Any, str]:
     try:
         path = build()
-        loaded = ctypes.CDLL(str(path))
-        if path.parent != cache_dir():
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # a torch that keeps its OpenMP runtime to itself, or has none
+            ctypes.CDLL('libgomp.so.1', ctypes.RTLD_GLOBAL)
+            loaded = ctypes.CDLL(str(path))
+        if path.parent == Path(tempfile.gettempdir()):
             with contextlib.suppress(OSError):
                 path.unlink()  # it stays loaded
         for name in (f'{cell}_room' for cell in ('conv_rnn', 'conv_gru', 'conv_lstm')):
             getattr(loaded, name).restype = ctypes.c_int64
         return loaded, ''
-    except OSError as e:
+    except (OSError, RuntimeError) as e:  # RuntimeError: a user without a home
         reason = str(e).splitlines()[0]
         logger.warning('%s: regulators run in plain PyTorch, about three times slower on the CPU.', reason)
         return None, reason
