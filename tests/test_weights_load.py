@@ -129,6 +129,26 @@ def test_files_that_were_cut(tmp_path_factory, share, name):
         assert '\n' not in str(caught.value)
 
 
+@pytest.mark.parametrize('sums', [True, False])
+def test_sums_are_held_against_what_is_read_where_there_are_any(tmp_path, sums):
+    state, file = dict(state_dict=dict(weight=torch.arange(1000.0))), tmp_path / 'net.pth'
+    torch.serialization.set_crc32_options(sums)
+    try:
+        torch.save(state, file)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(read_weights(file)['weight'], state['state_dict']['weight'])
+    data = file.read_bytes()
+    flipped = data.replace(torch.tensor(500.0).numpy().tobytes(), torch.tensor(500.5).numpy().tobytes())
+    assert flipped != data
+    file.write_bytes(flipped)
+    if sums:
+        with pytest.raises(ValueError, match='or broken; it is not loaded'):
+            read_weights(file)
+    else:  # nobody can know
+        assert read_weights(file)['weight'][500] == 500.5
+
+
 def test_files_that_are_not_there(tmp_path):
     for name in ('net.pth', 'net.safetensors', ''):  # the last is the folder
         for read in (read_weights, check_file, lambda path: read_tensors(path, None)):
