@@ -141,7 +141,7 @@ def test_the_step_stays_in_the_engines_layout():
         (2, 2, (5, 6), (1, 0)),
         (3, 2, (7, 8), (0, 1)),
         (3, 3, (8, 7), (1, 2)),
-        (2, 3, (9, 10), (0, 0)),  # what is left of nine, and of ten, holds no window's start
+        (2, 3, (9, 10), (0, 1)),  # behind the last whole window nine leave no pixel that one would start at
     ],
 )
 def test_pools_say_their_padding(kernel, stride, size, over):

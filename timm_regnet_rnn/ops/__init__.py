@@ -85,7 +85,7 @@ def use(name: str) -> Iterator[None]:
 
 def _leaves() -> bool:
     """Whether what is computed is recorded into a program that leaves the process."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
 
 
 def _transformed() -> bool:
@@ -123,10 +123,12 @@ def fused_step(name: str, x: torch.Tensor, *others: Optional[torch.Tensor]) -> O
     Raises:
         RuntimeError: 'fused' was asked for and is not to be had; or the tensors are on several devices.
     """
-    if not isinstance(x, torch.Tensor) or torch.onnx.is_in_onnx_export():  # a proxy of torch.fx is none
+    if not isinstance(x, torch.Tensor):  # a proxy of torch.fx is none
         return None
     if _leaves():
-        if _ops != 'fused':  # engines take zeros that are multiplied for work to do, and leave their fast layouts
+        if (
+            _ops != 'fused' or torch.onnx.is_in_onnx_export()
+        ):  # engines take zeros that are multiplied for work to do, and leave their fast layouts
             return reference.FIRST_STEPS.get(name) if others[0] is None and others[1] is None else None
     elif any(t is not None and t.device != x.device for t in others):  # torch's own convolution takes meta for any
         raise RuntimeError('expected x, h, c, weight and bias to be on one device.')
