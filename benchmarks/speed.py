@@ -323,8 +323,9 @@ def warps_rows(shapes: List[Tuple[int, ...]], rounds: int, device: str) -> Itera
     yield '| step | state (B, N, H, W) | half the warps | double |'
     yield '|---|---|---|---|'
     rule = fused_cuda._shape
+    dtype = torch.bfloat16 if device == 'cuda' else torch.float32
     for shape in shapes:
-        x, h, c = (torch.randn(shape, device=device, dtype=torch.float32) for _ in range(3))
+        x, h, c = (torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=CL) for _ in range(3))
         for cell, kind in CELLS.items():
             weight, bias = (t.detach() for t in kind(shape[1], device=device).kernel())
 
