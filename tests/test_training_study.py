@@ -220,7 +220,8 @@ text = open(sys.argv[1]).read()
 array = re.search(r'--array=0-(\\d+)%(\\d+)', text)
 open(os.environ['SEEN'], 'w').write(text)
 task = f'env SLURM_ARRAY_JOB_ID=77 SLURM_ARRAY_TASK_ID=% SLURM_JOB_ID=8% bash {sys.argv[1]}'
-script = f'seq 0 {array[1]} | xargs -P {array[2]} -I% {task}'
+task = f'{task} && touch $SEEN.COMPLETED.% || touch $SEEN.FAILED.%'
+script = f'seq 0 {array[1]} | xargs -P {array[2]} -I% bash -c "{task}"'
 subprocess.Popen(['bash', '-c', script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 print('Submitted batch job 77')
 """
@@ -232,7 +233,15 @@ words = sys.argv[1:]
 assert (words[0], words[1], words[3]) == ('--unbuffered', '--output', '--error'), words
 sys.exit(subprocess.call(words[5:], stdout=file(words[2]), stderr=file(words[4])))
 """
-SACCT = "print('JobID|State|NodeList'); [print(f'77_{i}|RUNNING|here') for i in range(9)]"
+SACCT = """
+import os
+def state(i):
+    ended = [name for name in ('COMPLETED', 'FAILED') if os.path.exists(f'{os.environ["SEEN"]}.{name}.{i}')]
+    return (ended or ['RUNNING'])[0]
+print('JobID|State|NodeList')
+for i in range(2):
+    print(f'77_{i}|{state(i)}|here')
+"""
 
 
 @pytest.mark.slow
