@@ -174,6 +174,7 @@ def test_shell_lines_that_need_nothing_run(tmp_path, monkeypatch, capsys):
     shutil.copy(ROOT / 'docs' / 'chelsea.jpg', tmp_path / 'docs')
     monkeypatch.chdir(tmp_path)
     chosen = [words[1:] for words in SHELL if words[0] == 'timm-regnet-rnn' and words[1] in RUN]
+    chosen = [argv for argv in chosen if 'output/photos' not in argv]  # a run, which the line before trains
     assert {argv[0] for argv in chosen} == {*RUN}
     for argv in chosen:
         assert cli.main(argv) == 0 and capsys.readouterr().out, argv

@@ -63,7 +63,7 @@ def test_closed_pipe_is_quiet():
     done = subprocess.run(
         f'"{sys.executable}" -m timm_regnet_rnn list | head -n 1', shell=True, capture_output=True, text=True
     )
-    assert done.stdout.startswith('name') and done.stderr == ''
+    assert done.stdout.startswith('model ') and done.stderr == ''
 
 
 # names that were meant

@@ -181,7 +181,7 @@ def test_what_is_no_classifier_or_broken():
         visualize(timm.create_model('regnet_convlstm_20', in_chans=4), CAT)
     model = timm.create_model('regnet_convlstm_20', layers=(1, 1, 1))
     torch.nn.init.constant_(model.layer2[0].bn_h.weight, float('nan'))
-    with pytest.raises(UsageError, match='not finite from this image: its weights are broken'):
+    with pytest.raises(UsageError, match='computes no probabilities: its weights hold NaN'):
         visualize(model, CAT)
 
 

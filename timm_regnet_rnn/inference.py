@@ -306,11 +306,11 @@ def probabilities(model: Model, x: torch.Tensor) -> torch.Tensor:
     """Probabilities of the classes (B, N) for images (B, C, H, W), on the CPU in float32.
 
     Raises:
-        ValueError: They are no numbers.
+        UsageError: They are no numbers.
     """
     found = model(x).float().softmax(-1).cpu()
     if not found.isfinite().all():
-        raise ValueError('the model computes no probabilities: its weights hold NaN or infinity, or numbers too large.')
+        raise UsageError('the model computes no probabilities: its weights hold NaN or infinity, or numbers too large.')
     return found
 
 

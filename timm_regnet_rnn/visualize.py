@@ -362,7 +362,7 @@ def visualize(model: Model, image: Union[str, Path], name: Optional[str] = None)
     parameter = next(model.parameters())
     probability, blocks = watch(model, x.unsqueeze(0).to(parameter.device, parameter.dtype))
     name = name or cfg.get('architecture') or type(model).__name__
-    if not probability.isfinite().all() or not all(np.isfinite(block.hidden).all() for block in blocks):
+    if not all(np.isfinite(block.hidden).all() for block in blocks):
         raise UsageError(f'{name!r} computes values that are not finite from this image: its weights are broken.')
     pixels = seen.expand(-1, -1, 3).contiguous().numpy()
     return Visualization(name, pixels, list(zip(class_names(model), probability.tolist())), blocks)
