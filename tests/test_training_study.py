@@ -445,7 +445,7 @@ def test_any_model_and_recipe_has_its_table(capsys, recorded, argv, tmp_path):
     assert status == 1 and err.startswith('timm-regnet-rnn: no tables: ') and name in err and err.count('\n') == 1
     (tmp_path / 'curves').mkdir()
     lines = [','.join(results.CURVE), '1,0.1,2,1,40,60', '2,0.1,2,1,50,60']
-    (tmp_path / 'curves' / f'{name}.csv').write_text('\n'.join(lines))
+    (tmp_path / 'curves' / f'{name}.csv').write_text('\n'.join([*lines, '']))
     status, out, err = call(capsys, *words)
     assert status == 0 and '| `densenet121` | 0.000 | 0.000 | 50.00 | 60.00 | | n = 1: 7 |' in out, err
     assert out.startswith('**data.** `mine`: 2 epochs, `--batch-size 4')
