@@ -4,13 +4,13 @@ import importlib.util
 import os
 from pathlib import Path
 
-import nbformat
 import numpy as np
 import pytest
 import torch
 from hub_server import environment
-from nbclient import NotebookClient
 
+nbformat = pytest.importorskip('nbformat', reason='notebooks need nbformat')
+nbclient = pytest.importorskip('nbclient', reason='notebooks need nbclient to run')
 EXAMPLES = Path(__file__).parent.parent / 'examples'
 NOTEBOOKS = sorted(EXAMPLES.glob('*.ipynb'))
 
@@ -24,7 +24,9 @@ def test_notebooks_run(path, hub, tmp_path):
     env.update(HF_TOKEN='hf_right', HF_HUB_DISABLE_XET='1')
     env['PYTHONPATH'] = os.pathsep.join(filter(None, [str(EXAMPLES.parent), os.environ.get('PYTHONPATH')]))
     before = sorted(EXAMPLES.iterdir())
-    client = NotebookClient(notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': EXAMPLES}})
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': EXAMPLES}}
+    )
     client.execute(env=env)
     assert all(cell.execution_count for cell in notebook.cells if cell.cell_type == 'code')
     assert sorted(EXAMPLES.iterdir()) == before, 'a notebook leaves nothing in the checkout'
