@@ -126,9 +126,8 @@ def fused_step(name: str, x: torch.Tensor, *others: Optional[torch.Tensor]) -> O
     if not isinstance(x, torch.Tensor):  # a proxy of torch.fx is none
         return None
     if _leaves():
-        if (
-            _ops != 'fused' or torch.onnx.is_in_onnx_export()
-        ):  # engines take zeros that are multiplied for work to do, and leave their fast layouts
+        # engines take zeros that are multiplied for work to do, and leave their fast layouts
+        if _ops != 'fused' or torch.onnx.is_in_onnx_export():
             return reference.FIRST_STEPS.get(name) if others[0] is None and others[1] is None else None
     elif any(t is not None and t.device != x.device for t in others):  # torch's own convolution takes meta for any
         raise RuntimeError('expected x, h, c, weight and bias to be on one device.')
