@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import List, NamedTuple, Optional, Sequence
 
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ['HF_HUB_OFFLINE'] = '1'  # before huggingface_hub reads it: what is broken here is not fetched there
 
 from fuzz_targets import TARGETS, make_base
 
@@ -185,11 +186,16 @@ def judge(target, status, folder, box, before, number, change):
     return ('wrong', wrong) if wrong else ('', '')
 
 
+def prepare(folder: Path) -> Path:
+    """The folder of what mutants are made of."""
+    os.environ.setdefault('MPLCONFIGDIR', str(folder / 'matplotlib'))
+    make_base(folder / 'base')
+    return folder / 'base'
+
+
 def fuzz(names: Sequence[str], cases: int, seed: int, folder: Path, say=lambda case: None, keep=False) -> List[Case]:
     """Run cases, the targets in turn; those of number -1 have nothing changed, and must succeed."""
-    base = folder / 'base'
-    os.environ.setdefault('MPLCONFIGDIR', str(folder / 'matplotlib'))
-    make_base(base)
+    base = prepare(folder)
     found = []
     for number in range(-1, cases // len(names) + 1):
         for name in names:
@@ -237,10 +243,10 @@ def main() -> int:
 
     start = time.monotonic()
     if args.again is not None:
-        make_base(folder / 'base')
+        base = prepare(folder)
         for name in args.only:
-            run_case(name, -1, args.seed, folder / 'base', folder, True)
-            case = run_case(name, args.again, args.seed, folder / 'base', folder, True)
+            run_case(name, -1, args.seed, base, folder, True)
+            case = run_case(name, args.again, args.seed, base, folder, True)
             print(case)
             print((folder / f'{name}-{args.again}' / 'err').read_text())
         return 0

@@ -411,17 +411,23 @@ def prepare(dataset, file, *words, **sizes):
 
 
 def prepared(box, out, err, change, expected):
-    """What was made is whole: as many images in as many classes, all of which can be read."""
+    """What was made is whole: as many images in as many classes; of an archive all that were decoded can be read.
+
+    An archive's test images are copied, which its sum, set aside here, vouches for.
+    """
     files = sorted(
         p.relative_to(box / 'made') for p in (box / 'made').rglob('*') if p.suffix in ('.jpg', '.png', '.JPEG')
     )
+    archive = (box / 'mirror.tar.xz').exists()
     for file in files:
+        if archive and file.parts[0] == 'test':
+            continue
         try:
             with Image.open(box / 'made' / file) as image:
                 image.load()
         except Exception as e:
             return f'{file}: {type(e).__name__} {e}'
-    return '' if len(files) == (6 if (box / 'mirror.tar.xz').exists() else 4) else f'{len(files)} images'
+    return '' if len(files) == (6 if archive else 4) else f'{len(files)} images'
 
 
 def build_nothing(box):
@@ -492,6 +498,7 @@ for name, data in IMAGES.items():
         {name: 'image'},
         main('predict', name, '--json'),
         sound,
+        lines=2 if name == 'lzw.tiff' else 1,  # libtiff, which Pillow calls, has a line of its own
     )
 TARGETS.update(
     predict_run=Target(build_run, RUN, main(*PREDICT, 'run'), same_unless(*MEANT), silent=False),

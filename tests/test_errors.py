@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import difflib
+import io
 import logging
 import os
 import shutil
@@ -247,3 +248,14 @@ def test_a_line_outside_of_an_error_has_no_traceback(capsys, monkeypatch):
     monkeypatch.setenv('TIMM_REGNET_RNN_DEBUG', '1')
     report('tool', 'hello')
     assert capsys.readouterr().err == 'tool: hello\n'
+
+
+@given(st.text())
+def test_nothing_that_is_said_steers_a_terminal(text):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        report('prog', text)
+        with pytest.raises(SystemExit):
+            Parser(prog='prog').error(text)
+    assert all(c.isprintable() or c in '\n\t' for c in said.getvalue())
+    kept = ''.join(c for c in text if c.isprintable())
+    assert kept in said.getvalue() or kept != text

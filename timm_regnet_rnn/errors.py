@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         if choice:
             hint = did_you_mean(choice[1], re.findall(r'[\w-]+', choice[2]))
             message = f'{message}.{hint}'
-        self.exit(2, f'{self.prog}: {message} (see {self.prog} --help)\n')
+        self.exit(2, f'{self.prog}: {_printable(message)} (see {self.prog} --help)\n')
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """End the process for words that are none of this parser's arguments."""
@@ -97,11 +97,16 @@ def _cut(text: str, length: int = 240) -> str:
     return text if len(text) <= length else f'{text[: length - 1]}…'
 
 
+def _printable(text: str) -> str:
+    """The text with what would steer a terminal, as a broken file may hold, written as Python writes it."""
+    return ''.join(c if c.isprintable() or c in '\n\t' else ascii(c)[1:-1] for c in text)
+
+
 def report(prog: str, message: str) -> None:
     """Print one line on stderr, behind the traceback of the error being handled if debugging is on."""
     if os.environ.get('TIMM_REGNET_RNN_DEBUG') == '1' and sys.exc_info()[0] is not None:
         traceback.print_exc()
-    print(f'{prog}: {message}', file=sys.stderr)
+    print(f'{prog}: {_printable(message)}', file=sys.stderr)
 
 
 class _Lines(logging.Handler):
