@@ -52,7 +52,7 @@ def test_files_that_are_no_resnet(tmp_path, state, words):
 
 # by the functions themselves
 
-STATE = {'fc.weight': torch.arange(6.0).view(2, 3), 'fc.bias': torch.tensor([1, 2])}
+STATE = {'fc.weight': torch.arange(6.0).view(2, 3), 'fc.bias': torch.tensor([1.0, 2.0]), 'fc.seen': torch.tensor(3)}
 
 
 def same(found, expected=STATE):
@@ -207,3 +207,24 @@ def test_checkpoints_of_other_programs(tmp_path, content, ema, words):
     with pytest.raises(UsageError) as caught:
         read_tensors(tmp_path / 'last.pth.tar', ema)
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
+@pytest.mark.parametrize('dtype', [torch.int8, torch.int64, torch.bool, torch.complex64])
+def test_weights_that_torch_would_change_without_an_error_are_refused(tmp_path, dtype, suffix):
+    """load_state_dict casts whatever it is given, and drops an imaginary part with a warning at most."""
+    file, state = tmp_path / f'net{suffix}', {'fc.weight': torch.ones(2, 3).to(dtype), 'fc.bias': torch.ones(2)}
+    save_file(state, file) if suffix == '.safetensors' else torch.save({'state_dict': state}, file)
+    for read in (check_file, read_weights, lambda path: read_tensors(path, None)):
+        with pytest.raises(ValueError, match=rf"'fc.weight' is {dtype}, not of floats") as caught:
+            read(file)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_any_length_are_taken(tmp_path, dtype):
+    state = {'fc.weight': torch.ones(2, 3, dtype=dtype), 'bn.num_batches_tracked': torch.tensor(7)}
+    save_file(state, tmp_path / 'net.safetensors')
+    torch.save(state, tmp_path / 'net.pth')
+    for file in ('net.safetensors', 'net.pth'):
+        assert same(read_weights(tmp_path / file), state)

@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
         if choice:
             hint = did_you_mean(choice[1], re.findall(r'[\w-]+', choice[2]))
             message = f'{message}.{hint}'
-        self.exit(2, f'{self.prog}: {_printable(message)} (see {self.prog} --help)\n')
+        self.exit(2, f'{self.prog}: {_printable(_cut(message, 500))} (see {self.prog} --help)\n')
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """End the process for words that are none of this parser's arguments."""

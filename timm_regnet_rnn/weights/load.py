@@ -3,7 +3,7 @@
 from argparse import Namespace
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
 from zipfile import ZipFile, is_zipfile
 
 import torch
@@ -16,6 +16,25 @@ from ..errors import UsageError
 __all__ = ['check_file', 'check_sums', 'load_checkpoint', 'read_tensors', 'read_weights']
 
 WRAPPERS = ('state_dict', 'model', 'net', 'model_state_dict')  # what a training loop's checkpoint calls its weights
+
+
+FLOATS = ('weight', 'bias', 'running_mean', 'running_var')  # what is never a whole number, and never complex
+
+
+def _types(state: Any) -> Iterator[Tuple[str, torch.dtype]]:
+    """Name and type of all tensors in dicts of dicts."""
+    for name, value in state.items() if isinstance(state, dict) else ():
+        if isinstance(value, torch.Tensor):
+            yield str(name), value.dtype
+        else:
+            yield from _types(value)
+
+
+def _check_types(file: Union[str, Path], types: Iterator[Tuple[str, torch.dtype]]) -> None:
+    """Raise ValueError for weights that torch would cast, and change, without an error."""
+    for name, dtype in types:
+        if dtype.is_complex or (name.rpartition('.')[2] in FLOATS and not dtype.is_floating_point):
+            raise ValueError(f'{str(file)!r} is broken ({name[:80]!r} is {dtype}, not of floats); it is not loaded.')
 
 
 def check_sums(file: Union[str, Path]) -> None:
@@ -59,24 +78,27 @@ def check_file(path: Union[str, Path]) -> None:
 
     Raises:
         FileNotFoundError: There is none.
-        ValueError: It is broken, no checkpoint, or holds Python objects; in one line.
+        ValueError: It is broken, no checkpoint, or holds Python objects, or weights that are no floats; in one line.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f'no weights file {str(path)!r}.')
     if str(path).endswith('.safetensors'):
         try:
-            with safe_open(path, framework='pt'):
-                return
+            with safe_open(path, framework='pt') as f:
+                names = [name for name in f.keys() if f.get_slice(name).get_shape()]  # noqa: SIM118  no dict
+                types = [(name, f.get_slice(name)[:0].dtype) for name in names]  # no element, so nothing is read
         except SafetensorError as e:
             raise ValueError(f'{str(path)!r} is truncated or not a safetensors file ({e}); fetch it again.') from None
+        return _check_types(path, iter(types))
     if not is_zipfile(path):
         raise ValueError(f'{str(path)!r} is neither a .safetensors file nor a PyTorch checkpoint, or it is truncated.')
     try:
-        load_checkpoint(path, mmap=True)
+        state = load_checkpoint(path, mmap=True)
     except (UnpicklingError, RuntimeError):
         raise ValueError(
             f'{str(path)!r} is broken or holds Python objects besides weights; it is not loaded.'
         ) from None
+    _check_types(path, _types(state))
 
 
 def read_weights(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
@@ -106,6 +128,7 @@ def read_weights(path: Union[str, Path]) -> Dict[str, torch.Tensor]:
             state = state[name]
     if not isinstance(state, dict) or not state or not all(isinstance(t, torch.Tensor) for t in state.values()):
         raise ValueError(f'{str(path)!r} holds no state dict: names with tensors.')
+    _check_types(path, _types(state))
     return dict(state)
 
 
