@@ -197,3 +197,26 @@ def test_weights_that_are_no_numbers_give_no_answer(value, run, capsys):
     for command in ('predict', 'visualize'):
         assert 'its weights hold NaN or infinity' in refused(capsys, command, CAT, '--model', 'RUN')
     assert not Path('chelsea.html').exists()
+
+
+@pytest.mark.parametrize('tag', ['regnet_convlstm_20.tiny100_32', 'regnet_convlstm_20.cifar10_jpeg75'])
+def test_the_input_is_that_of_the_tag_that_a_run_began_from(tag, tmp_path):
+    """train.py takes mean and deviation from the tag; so must whoever reads the run, or its weights beside a tag."""
+    want = timm.data.resolve_data_config({}, model=timm.create_model(tag))
+    assert want['mean'] != timm.data.resolve_data_config({}, model=timm.create_model('resnet18'))['mean']
+    args = dict(ARGS, model=tag, model_kwargs={}, mean=None, std=None)
+    folder = tmp_path / 'RUN'
+    run_folder(folder, args)
+    torch.save(create(str(folder)).state_dict(), tmp_path / 'bare.pth')
+    found = [
+        create(str(folder)),
+        create(tag, folder),
+        create(tag.split('.')[0], folder),
+        create(tag, tmp_path / 'bare.pth'),
+    ]
+    for model in found:
+        got = resolve_data_config({}, model=model)
+        assert all(tuple(got[k]) == tuple(want[k]) for k in ('mean', 'std'))
+    other = next(name for name in timm.list_pretrained('regnet_convlstm_20.*') if name != tag)
+    got = resolve_data_config({}, model=create(other, folder))  # another tag's name does not change what the run saw
+    assert tuple(got['mean']) == tuple(want['mean'])

@@ -157,7 +157,8 @@ def from_file(
     stated = run.get('model') or (info.get('model') if file.suffix == '.safetensors' else None)
     if name and isinstance(stated, str) and name.split('.')[0] != stated.split('.')[0]:
         raise UsageError(f'{str(file)!r} is of {stated}, not of {name}.')
-    model_name = (name or stated or '').split('.')[0]
+    # a tag says what the input is made of; that of the run, which train.py took it from, before another
+    model_name = stated if run and isinstance(stated, str) else name or stated or ''
     if not model_name:
         raise UsageError(
             f'{str(file)!r} does not say which model it is of; give the model, and the file by --checkpoint '
