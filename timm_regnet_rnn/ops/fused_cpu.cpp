@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 #ifdef _OPENMP
@@ -47,10 +47,6 @@ inline V load(const float* p) { return *reinterpret_cast<const V*>(p); }
 inline void store(float* p, V v) { *reinterpret_cast<V*>(p) = v; }
 inline V splat(float f) { return V{} + f; }
 inline V relu(V v) { return v < 0.0f ? V{} : v; }  // lets NaN through, as torch's
-inline V clamp(V v, float low, float high) {
-    v = v < low ? splat(low) : v;
-    return v > high ? splat(high) : v;
-}
 
 // Keeps the largest magnitude seen, as the bits of a float without its sign, which order as the floats do; NaN is beyond
 // infinity.
@@ -70,8 +66,9 @@ struct Watch {
     }
 };
 
-#ifdef __AVX512F__
-inline V clamp40(V v) {  // their second operand is what they return for NaN
+// Both second operands are what min and max return for NaN.
+#if defined(__AVX512F__)
+inline V clamp40(V v) {
     return (V)_mm512_min_ps(_mm512_set1_ps(40.0f), _mm512_max_ps(_mm512_set1_ps(-40.0f), (__m512)v));
 }
 inline V inverse(V v) {  // 14 bits and a Newton step: a division blocks one of the two FMA ports for 16 cycles
@@ -79,8 +76,17 @@ inline V inverse(V v) {  // 14 bits and a Newton step: a division blocks one of 
     return y * (2.0f - v * y);
 }
 #else
-inline V clamp40(V v) { return clamp(v, -40.0f, 40.0f); }
 inline V inverse(V v) { return 1.0f / v; }
+#ifdef __AVX2__
+inline V clamp40(V v) {
+    return (V)_mm256_min_ps(_mm256_set1_ps(40.0f), _mm256_max_ps(_mm256_set1_ps(-40.0f), (__m256)v));
+}
+#else
+inline V clamp40(V v) {
+    v = v < -40.0f ? splat(-40.0f) : v;
+    return v > 40.0f ? splat(40.0f) : v;
+}
+#endif
 #endif
 
 // 1 + exp(-x): 2^n times a polynomial of degree 5 for 2^r on [-1/2, 1/2], relative error about 2e-7, its terms paired
@@ -211,19 +217,21 @@ inline void tiles(const Shape& s, Body body) {
     }
 }
 
-// dw[g][half] += sum over pixels of grad_g[pixel] * src[pixel + tap], for as many gates at a time as fit the registers.
+// dw[g][half] += sum over pixels of grad_g[pixel] * src[pixel + tap], for as many gates at a time as fit the
+// registers; db[g], if not null, += that of grad_g.
 template <int G>
-void weight_grad(const Shape& s, const float* src, const float* grads, int half, float (*dw)[2][TAPS][L]) {
+void weight_grad(
+    const Shape& s, const float* src, const float* grads, int half, float (*dw)[2][TAPS][L], float (*db)[L]) {
     for (int first = 0; first < G; first += PAIR) {
         const float* of[PAIR];
         for (int i = 0; i < PAIR; i++) of[i] = grads + std::min(first + i, G - 1) * s.padded();
-        V acc[PAIR][TAPS] = {};
+        V acc[PAIR][TAPS] = {}, sum[PAIR] = {};
         for (int64_t y = 0; y < s.height; y++)
             for (int64_t x = 0; x < s.width; x++) {
                 const int64_t o = s.at(y, x);
                 V d[PAIR];
 #pragma GCC unroll 16
-                for (int i = 0; i < PAIR; i++) d[i] = load(of[i] + o);
+                for (int i = 0; i < PAIR; i++) d[i] = load(of[i] + o), sum[i] += d[i];
 #pragma GCC unroll 16
                 for (int t = 0; t < TAPS; t++) {
                     V v = load(s.tap(src + o, t));
@@ -231,18 +239,10 @@ void weight_grad(const Shape& s, const float* src, const float* grads, int half,
                     for (int i = 0; i < PAIR; i++) acc[i][t] += d[i] * v;
                 }
             }
-        for (int g = first; g < std::min(first + PAIR, G); g++)
+        for (int g = first; g < std::min(first + PAIR, G); g++) {
             for (int t = 0; t < TAPS; t++) store(dw[g][half][t], load(dw[g][half][t]) + acc[g - first][t]);
-    }
-}
-
-template <int G>
-void bias_grad(const Shape& s, const float* grads, float (*db)[L]) {
-    for (int g = 0; g < G; g++) {
-        V acc{};
-        for (int64_t y = 0; y < s.height; y++)
-            for (int64_t x = 0; x < s.width; x++) acc += load(grads + g * s.padded() + s.at(y, x));
-        store(db[g], load(db[g]) + acc);
+            if (db) store(db[g], load(db[g]) + sum[g - first]);
+        }
     }
 }
 
@@ -312,9 +312,8 @@ struct RNN {
             }
         });
         k.input_grads<G, G>(w, grads, nullptr);
-        weight_grad<G>(k.s, k.xs, grads, FROM_X, dw);
-        if (k.hs) weight_grad<G>(k.s, k.hs, grads, FROM_H, dw);
-        bias_grad<G>(k.s, grads, db);
+        weight_grad<G>(k.s, k.xs, grads, FROM_X, dw, db);
+        if (k.hs) weight_grad<G>(k.s, k.hs, grads, FROM_H, dw, nullptr);
     }
 };
 
@@ -378,12 +377,11 @@ struct GRU {
             }
         });
         k.input_grads<G, 2>(w, grads, direct);
-        weight_grad<G>(k.s, k.xs, grads, FROM_X, dw);
+        weight_grad<G>(k.s, k.xs, grads, FROM_X, dw, db);
         if (k.hs) {
-            weight_grad<2>(k.s, k.hs, grads, FROM_H, dw);
-            weight_grad<1>(k.s, rh, grads + CANDIDATE * map, FROM_H, dw + CANDIDATE);
+            weight_grad<2>(k.s, k.hs, grads, FROM_H, dw, nullptr);
+            weight_grad<1>(k.s, rh, grads + CANDIDATE * map, FROM_H, dw + CANDIDATE, nullptr);
         }
-        bias_grad<G>(k.s, grads, db);
     }
 };
 
@@ -431,9 +429,8 @@ struct LSTM {
             }
         });
         k.input_grads<G, G>(w, grads, nullptr);
-        weight_grad<G>(k.s, k.xs, grads, FROM_X, dw);
-        if (k.hs) weight_grad<G>(k.s, k.hs, grads, FROM_H, dw);
-        bias_grad<G>(k.s, grads, db);
+        weight_grad<G>(k.s, k.xs, grads, FROM_X, dw, db);
+        if (k.hs) weight_grad<G>(k.s, k.hs, grads, FROM_H, dw, nullptr);
     }
 };
 
