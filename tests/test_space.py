@@ -52,6 +52,7 @@ def address(tmp_path_factory):
         HF_HOME=str(scratch / 'hub'),
         HF_HUB_OFFLINE='1',
         OMP_NUM_THREADS='1',
+        PYTHONUNBUFFERED='1',  # its address is waited for
     )
     log = scratch / 'log'
     with log.open('w') as file:

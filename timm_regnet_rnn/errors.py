@@ -154,7 +154,9 @@ def run_command(
     """
     try:
         with _logged(prog):
-            return function()
+            status = function()
+            sys.stdout.flush()  # or a reader that has gone is noticed by Python alone, when it exits
+            return status
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
