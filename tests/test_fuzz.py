@@ -5,7 +5,7 @@ import os
 import fuzz
 import pytest
 
-CASES = int(os.environ.get('FUZZ_CASES', 120))
+CASES = int(os.environ.get('FUZZ_CASES', 60))
 
 
 @pytest.mark.slow
