@@ -214,7 +214,10 @@ def test_checkpoints_of_other_programs(tmp_path, content, ema, words):
 def test_weights_that_torch_would_change_without_an_error_are_refused(tmp_path, dtype, suffix):
     """load_state_dict casts whatever it is given, and drops an imaginary part with a warning at most."""
     file, state = tmp_path / f'net{suffix}', {'fc.weight': torch.ones(2, 3).to(dtype), 'fc.bias': torch.ones(2)}
-    save_file(state, file) if suffix == '.safetensors' else torch.save({'state_dict': state}, file)
+    try:
+        save_file(state, file) if suffix == '.safetensors' else torch.save({'state_dict': state}, file)
+    except KeyError:
+        pytest.skip(f'this safetensors has no {dtype}')
     for read in (check_file, read_weights, lambda path: read_tensors(path, None)):
         with pytest.raises(ValueError, match=rf"'fc.weight' is {dtype}, not of floats") as caught:
             read(file)
