@@ -220,3 +220,15 @@ def test_the_input_is_that_of_the_tag_that_a_run_began_from(tag, tmp_path):
     other = next(name for name in timm.list_pretrained('regnet_convlstm_20.*') if name != tag)
     got = resolve_data_config({}, model=create(other, folder))  # another tag's name does not change what the run saw
     assert tuple(got['mean']) == tuple(want['mean'])
+
+
+def test_a_run_of_a_tag_that_is_not_known_here(tmp_path, caplog):
+    """Of another version of the package: a word, unless the run says itself what its input is."""
+    args = dict(ARGS, model='regnet_convlstm_20.of_tomorrow', model_kwargs={})
+    run_folder(tmp_path / 'said', args)
+    assert tuple(create(str(tmp_path / 'said')).pretrained_cfg['mean']) == tuple(ARGS['mean']) and not caplog.messages
+    run_folder(tmp_path / 'silent', dict(args, mean=None, std=None))
+    assert create(str(tmp_path / 'silent')).num_classes == ARGS['num_classes']
+    assert len(caplog.messages) == 1 and 'a tag that is not known here' in caplog.messages[0]
+    with pytest.raises(UsageError, match="has no tag 'of_tomorrow'"):
+        create('regnet_convlstm_20.of_tomorrow', tmp_path / 'silent')

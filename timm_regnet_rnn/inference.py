@@ -51,6 +51,11 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+def _tags(model: str) -> List[str]:
+    """The NAME.TAGs of a model."""
+    return timm.list_models(f'{model}.*', include_tags=True)
+
+
 def check_name(name: str) -> None:
     """Refuse what is no NAME or NAME.TAG of a model.
 
@@ -63,7 +68,7 @@ def check_name(name: str) -> None:
         if re.fullmatch(r'[\w.-]+/[\w.-]+', name):
             hint = f' On the Hub it would be {HUB}{name}; here is no such file or folder.'
         raise UsageError(f'unknown model {name!r}; `timm-regnet-rnn list` prints the names.{hint}')
-    tags = [full.partition('.')[2] for full in timm.list_models(f'{model}.*', include_tags=True)] if tag else []
+    tags = [full.partition('.')[2] for full in _tags(model)] if tag else []
     if tag and tag not in tags:
         what = f'its tags are {", ".join(tags)}' if tags else 'it has none'
         raise UsageError(f'{model!r} has no tag {tag!r}; {what}.{did_you_mean(tag, tags)}')
@@ -164,6 +169,12 @@ def from_file(
             f'{str(file)!r} does not say which model it is of; give the model, and the file by --checkpoint '
             '(push: --model names it).'
         )
+    if model_name != name and '.' in model_name and model_name not in _tags(model_name.split('.')[0]):
+        if not (run.get('mean') or info.get('mean')):
+            log.warning(
+                '%r is of %s, a tag that is not known here; its mean and deviation are guessed.', str(file), stated
+            )
+        model_name = model_name.split('.')[0]
     check_name(model_name)
     try:
         cfg: Any = get_pretrained_cfg(model_name)
