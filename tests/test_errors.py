@@ -264,3 +264,8 @@ def test_an_error_about_a_long_argument_is_not_long(capsys):
     with pytest.raises(SystemExit):
         Parser(prog='prog').parse_args(['x' * 5000])
     assert len(capsys.readouterr().err.splitlines()[-1]) < 600
+    parser = Parser(prog='prog')
+    parser.add_argument('--name')
+    with pytest.raises(SystemExit):
+        parser.refuse(['--nam=1', 'x' * 5000])
+    assert "Did you mean '--name'?" in capsys.readouterr().err, 'what helps is kept'

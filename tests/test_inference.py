@@ -11,6 +11,7 @@ import timm
 import torch
 from conftest import randomize
 from PIL import Image
+from safetensors.torch import save_file
 from test_cli import CAT, call, refused
 from timm.data import resolve_data_config
 
@@ -217,6 +218,9 @@ def test_the_input_is_that_of_the_tag_that_a_run_began_from(tag, tmp_path):
     for model in found:
         got = resolve_data_config({}, model=model)
         assert all(tuple(got[k]) == tuple(want[k]) for k in ('mean', 'std'))
+    save_file(create(str(folder)).state_dict(), tmp_path / 'of.safetensors', dict(model=tag, model_args='{}'))
+    got = resolve_data_config({}, model=create(tag.split('.')[0], tmp_path / 'of.safetensors'))
+    assert tuple(got['mean']) == tuple(want['mean'])
     other = next(name for name in timm.list_pretrained('regnet_convlstm_20.*') if name != tag)
     got = resolve_data_config({}, model=create(other, folder))  # another tag's name does not change what the run saw
     assert tuple(got['mean']) == tuple(want['mean'])

@@ -45,14 +45,14 @@ class Parser(argparse.ArgumentParser):
         choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if choice:
             hint = did_you_mean(choice[1], re.findall(r'[\w-]+', choice[2]))
-            message = f'{message}.{hint}'
+            message = f'{_cut(message, 400)}.{hint}'
         self.exit(2, f'{self.prog}: {_printable(_cut(message, 500))} (see {self.prog} --help)\n')
 
     def refuse(self, words: Sequence[str]) -> NoReturn:
         """End the process for words that are none of this parser's arguments."""
         flag = next((word.split('=')[0] for word in words if word.startswith('-')), '')
         hint = did_you_mean(flag, self._option_string_actions)
-        self.error(f'unrecognized arguments: {" ".join(words)}.{hint}')
+        self.error(f'unrecognized arguments: {_cut(" ".join(words))}.{hint}')
 
 
 class KeyValues(argparse.Action):

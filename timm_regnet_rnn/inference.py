@@ -162,8 +162,8 @@ def from_file(
     stated = run.get('model') or (info.get('model') if file.suffix == '.safetensors' else None)
     if name and isinstance(stated, str) and name.split('.')[0] != stated.split('.')[0]:
         raise UsageError(f'{str(file)!r} is of {stated}, not of {name}.')
-    # a tag says what the input is made of; that of the run, which train.py took it from, before another
-    model_name = stated if run and isinstance(stated, str) else name or stated or ''
+    # a tag says what the input is made of: the file's own, before another
+    model_name = stated if isinstance(stated, str) else name or ''
     if not model_name:
         raise UsageError(
             f'{str(file)!r} does not say which model it is of; give the model, and the file by --checkpoint '
@@ -174,7 +174,7 @@ def from_file(
             log.warning(
                 '%r is of %s, a tag that is not known here; its mean and deviation are guessed.', str(file), stated
             )
-        model_name = model_name.split('.')[0]
+        model_name = name or model_name.split('.')[0]
     check_name(model_name)
     try:
         cfg: Any = get_pretrained_cfg(model_name)
