@@ -1,8 +1,10 @@
 // One regulator step, and a batch norm with ReLU, forward and backward, for float32 tensors in channels_last layout.
 //
 // A task is one image times one block of L channels. It copies x and h into zero-padded scratch that stays in cache,
-// so that no tap needs a border check, and keeps every gate in registers: x, h and c are read once, h' and c' written
-// once. The backward pass computes the gates again instead of reading them. Gate order, shapes and equations are those
+// so that no tap needs a border check, and keeps the gates of a chunk of pixels in the nearest cache: x, h and c are read
+// once, h' and c' written once. Correlations, exponentials and what is made of them are loops of their own, because a
+// pixel's chain of them is longer than what a core can look ahead. The backward pass computes the gates again instead of
+// reading them. Gate order, shapes and equations are those
 // of reference.py, the specification; compile_cpu.py says how it is compiled. Nothing here allocates memory, so nothing
 // throws: the room to work in comes from the caller. Functions return UNUSUAL, and what they wrote is worth nothing,
 // where a value is not finite or beyond LIMIT: sums and saturated gates would not be those of the reference.
@@ -30,16 +32,16 @@ constexpr float LIMIT = 1e8f;
 
 constexpr int TAPS = 9;   // 3x3
 enum Half { FROM_X, FROM_H };  // what a gate's taps read: [gate][half][tap] throughout
-constexpr int TILE = 4;   // pixels computed together, so that a weight is loaded once for all of them
-// A vector is one register, and a tile's sums fit the registers: 32 of 16 lanes, or 16 of 8. It takes eight sums to keep
-// two FMA ports of four cycles busy.
+constexpr int CHUNK = 32;  // pixels whose gates are computed before anything is made of them
+// A vector is one register, and the SUMS of GATES gates and several pixels, which share a weight, fit the registers. It
+// takes eight to keep two FMA ports of four cycles busy.
 #ifdef __AVX512F__
-constexpr int L = 16;         // channels per block
-constexpr int LSTM_TILE = 4;  // pixels of four gates
-constexpr int PAIR = 2;       // gates whose nine taps' gradients are summed together
+constexpr int L = 16;  // channels per block
+constexpr int GATES = 4, SUMS = 16;
 #else
-constexpr int L = 8, LSTM_TILE = 2, PAIR = 1;
+constexpr int L = 8, GATES = 2, SUMS = 8;
 #endif
+constexpr int PAIR = GATES / 2;  // gates whose nine taps' gradients are summed together
 typedef float V __attribute__((vector_size(L * 4), aligned(4)));
 typedef int32_t I __attribute__((vector_size(L * 4), aligned(4)));
 
@@ -108,15 +110,6 @@ inline V one_plus_exp_minus(V x) {
     std::memcpy(&scale, &bits, sizeof scale);
     return p * scale + 1.0f;
 }
-inline V tanh_(V x) { return 2.0f * inverse(one_plus_exp_minus(x + x)) - 1.0f; }
-
-// The logistic function of two values for one division.
-inline void sigmoids(V& a, V& b) {
-    V ea = one_plus_exp_minus(a), eb = one_plus_exp_minus(b), both = inverse(ea * eb);
-    a = both * eb;
-    b = both * ea;
-}
-
 struct Shape {
     int64_t batch, channels, height, width;
     int64_t blocks() const { return channels / L; }
@@ -197,24 +190,57 @@ inline void correlate_transposed(
         }
 }
 
-// Pre-activations of G gates for a tile; h null is zero.
-template <int G, int P>
-inline void gates(
-    const Shape& s, const float* x, const float* h, const float (*w)[2][TAPS][L], const float (*b)[L], V (&a)[G][P]) {
-    for (int g = 0; g < G; g++)
-        for (int p = 0; p < P; p++) a[g][p] = load(b[g]);
-    correlate<G, P>(s, x, w, FROM_X, a);
-    if (h) correlate<G, P>(s, h, w, FROM_H, a);
+// Calls body(P, x) for tiles of P pixels of a row, as many as fit and then half as many, until they cover it; P is a
+// compile-time constant.
+template <int P, class Body>
+inline void tiles(int64_t x, int64_t end, Body body) {
+    for (; x + P <= end; x += P) body(std::integral_constant<int, P>{}, x);
+    if constexpr (P > 1) tiles<P / 2>(x, end, body);
 }
 
-// Calls body(P, y, x) for tiles of P pixels of a row, until they cover the map; P is a compile-time constant.
-template <int MOST = TILE, class Body>
-inline void tiles(const Shape& s, Body body) {
-    for (int64_t y = 0; y < s.height; y++) {
-        int64_t x = 0;
-        for (; x + MOST <= s.width; x += MOST) body(std::integral_constant<int, MOST>{}, y, x);
-        for (; x < s.width; x++) body(std::integral_constant<int, 1>{}, y, x);
+// Pixels of a map that are computed together: whole rows, or part of one.
+struct Chunk {
+    const Shape& s;
+    int64_t y, x, rows, columns;
+    // body(number, y, x) for every pixel.
+    template <class Body>
+    void each(Body body) const {
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t i = 0; i < columns; i++) body(r * columns + i, y + r, x + i);
     }
+    // e[g] = 1 + exp(-factor[g] * a) for the pre-activations a of G gates; h null is zero.
+    template <int G>
+    void gates(
+        const float* xs, const float* hs, const float (*w)[2][TAPS][L], const float (*b)[L], const float* factor,
+        V (*e)[CHUNK]) const {
+        constexpr int N = std::min(G, GATES), MOST = std::min(8, SUMS / N);
+        for (int g = 0; g < G; g += N) {
+            for (int64_t r = 0; r < rows; r++)
+                tiles<MOST>(0, columns, [&](auto P, int64_t i) {
+                    const int64_t at = s.at(y + r, x + i);
+                    V a[N][P];
+                    for (int k = 0; k < N; k++)
+                        for (int p = 0; p < P; p++) a[k][p] = load(b[g + k]);
+                    correlate<N, P>(s, xs + at, w + g, FROM_X, a);
+                    if (hs) correlate<N, P>(s, hs + at, w + g, FROM_H, a);
+                    for (int k = 0; k < N; k++)
+                        for (int p = 0; p < P; p++) e[g + k][r * columns + i + p] = a[k][p];
+                });
+            for (int k = g; k < g + N; k++) exponentials(e[k], factor[k]);
+        }
+    }
+    // 1 + exp(-factor * a) for the a of every pixel, in its place.
+    void exponentials(V* a, float factor) const {
+        for (int64_t p = 0; p < rows * columns; p++) a[p] = one_plus_exp_minus(a[p] * factor);
+    }
+};
+
+template <class Body>
+inline void chunks(const Shape& s, Body body) {
+    const int64_t columns = std::min<int64_t>(s.width, CHUNK), rows = columns ? CHUNK / columns : 1;
+    for (int64_t y = 0; y < s.height; y += rows)
+        for (int64_t x = 0; x < s.width; x += columns)
+            body(Chunk{s, y, x, std::min(rows, s.height - y), std::min(columns, s.width - x)});
 }
 
 // dw[g][half] += sum over pixels of grad_g[pixel] * src[pixel + tap], for as many gates at a time as fit the
@@ -276,40 +302,46 @@ struct Task {
     // dx from the padded gradients of all gates, dh from those of the first H plus `direct`.
     template <int G, int H>
     void input_grads(const Weights<G>& w, const float* grads, const float* direct) const {
-        tiles(s, [&](auto P, int64_t y, int64_t x) {
-            const float* at = grads + s.at(y, x);
-            V d[2][P] = {};
-            if (t.dh) {
-                for (int p = 0; direct && p < P; p++) d[FROM_H][p] = load(direct + s.at(y, x + p));
-                correlate_transposed<H, 2, P>(s, at, w.w, FROM_X, d);
-                correlate_transposed<G - H, 1, P>(s, at + H * s.padded(), w.w + H, FROM_X, d);
-                for (int p = 0; p < P; p++) write(t.dh, y, x + p, d[FROM_H][p]);
-            } else {
-                correlate_transposed<G, 1, P>(s, at, w.w, FROM_X, d);
-            }
-            for (int p = 0; p < P; p++) write(t.dx, y, x + p, d[FROM_X][p]);
-        });
+        for (int64_t y = 0; y < s.height; y++)
+            tiles<4>(0, s.width, [&](auto P, int64_t x) {
+                const float* at = grads + s.at(y, x);
+                V d[2][P] = {};
+                if (t.dh) {
+                    for (int p = 0; direct && p < P; p++) d[FROM_H][p] = load(direct + s.at(y, x + p));
+                    correlate_transposed<H, 2, P>(s, at, w.w, FROM_X, d);
+                    correlate_transposed<G - H, 1, P>(s, at + H * s.padded(), w.w + H, FROM_X, d);
+                    for (int p = 0; p < P; p++) write(t.dh, y, x + p, d[FROM_H][p]);
+                } else {
+                    correlate_transposed<G, 1, P>(s, at, w.w, FROM_X, d);
+                }
+                for (int p = 0; p < P; p++) write(t.dx, y, x + p, d[FROM_X][p]);
+            });
     }
 };
 
+// With e = 1 + exp(-a), 1 / e is the logistic function of a, and tanh(a / 2) = 2 / e - 1: cells compute with e, whose
+// products save divisions.
+inline V tanh_(V e) { return 2.0f * inverse(e) - 1.0f; }
+
 struct RNN {
     static constexpr int G = 1, FORWARD = 0, BACKWARD = 1;  // gates, and padded maps of room
+    static constexpr float FACTOR[G] = {2};
     static void forward(const Task& k, const Weights<G>& w) {
-        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
-            V a[G][P];
-            gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
-            for (int p = 0; p < P; p++) k.write_h(y, x + p, tanh_(a[0][p]));
+        chunks(k.s, [&](const Chunk& chunk) {
+            V e[G][CHUNK];
+            chunk.gates<G>(k.xs, k.hs, w.w, w.b, FACTOR, e);
+            chunk.each([&](int64_t p, int64_t y, int64_t x) { k.write_h(y, x, tanh_(e[0][p])); });
         });
     }
     static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
         float* grads = k.room;
-        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
-            V a[G][P];
-            gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
-            for (int p = 0; p < P; p++) {
-                V h = tanh_(a[0][p]);
-                store(grads + k.s.at(y, x + p), k.read(k.t.dh_out, y, x + p) * (1.0f - h * h));
-            }
+        chunks(k.s, [&](const Chunk& chunk) {
+            V e[G][CHUNK];
+            chunk.gates<G>(k.xs, k.hs, w.w, w.b, FACTOR, e);
+            chunk.each([&](int64_t p, int64_t y, int64_t x) {
+                V h = tanh_(e[0][p]);
+                store(grads + k.s.at(y, x), k.read(k.t.dh_out, y, x) * (1.0f - h * h));
+            });
         });
         k.input_grads<G, G>(w, grads, nullptr);
         weight_grad<G>(k.s, k.xs, grads, FROM_X, dw, db);
@@ -320,62 +352,62 @@ struct RNN {
 struct GRU {
     static constexpr int G = 3, FORWARD = 2, BACKWARD = 5;
     enum Gate { UPDATE, RESET, CANDIDATE };
+    static constexpr float FACTOR[G] = {1, 1, 2};
     // z and r * h of the whole map, which the candidate's convolution reads around each pixel.
     static void reset(const Task& k, const Weights<G>& w, float* zs, float* rs, float* rh) {
-        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
-            V a[2][P];
-            gates<2, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
-            for (int p = 0; p < P; p++) {
-                const int64_t o = k.s.at(y, x + p);
-                V z = a[UPDATE][p], r = a[RESET][p];
-                sigmoids(z, r);
-                store(zs + o, z);
+        chunks(k.s, [&](const Chunk& chunk) {
+            V e[2][CHUNK];
+            chunk.gates<2>(k.xs, k.hs, w.w, w.b, FACTOR, e);
+            chunk.each([&](int64_t p, int64_t y, int64_t x) {
+                const int64_t o = k.s.at(y, x);
+                V both = inverse(e[UPDATE][p] * e[RESET][p]), r = both * e[UPDATE][p];
+                store(zs + o, both * e[RESET][p]);
                 if (rs) store(rs + o, r);
                 if (k.hs) store(rh + o, r * load(k.hs + o));
-            }
+            });
         });
     }
     static void forward(const Task& k, const Weights<G>& w) {
         float *zs = k.room, *rh = k.room + k.s.padded();
         reset(k, w, zs, nullptr, rh);
-        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
-            const int64_t o = k.s.at(y, x);
-            V a[1][P];
-            gates<1, P>(k.s, k.xs + o, k.hs ? rh + o : nullptr, w.w + CANDIDATE, w.b + CANDIDATE, a);
-            for (int p = 0; p < P; p++) {
-                V h = k.read(k.t.h, y, x + p);
-                k.write_h(y, x + p, h + load(zs + o + p * L) * (tanh_(a[0][p]) - h));
-            }
+        chunks(k.s, [&](const Chunk& chunk) {
+            V e[1][CHUNK];
+            chunk.gates<1>(k.xs, k.hs ? rh : nullptr, w.w + CANDIDATE, w.b + CANDIDATE, FACTOR + CANDIDATE, e);
+            chunk.each([&](int64_t p, int64_t y, int64_t x) {
+                V h = k.read(k.t.h, y, x);
+                k.write_h(y, x, h + load(zs + k.s.at(y, x)) * (tanh_(e[0][p]) - h));
+            });
         });
     }
     static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
         const int64_t map = k.s.padded();
         float *grads = k.room, *rh = grads + G * map, *direct = rh + map;
         reset(k, w, grads + UPDATE * map, grads + RESET * map, rh);  // z and r lie where their gradients will
-        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
-            const int64_t o = k.s.at(y, x);
-            V a[1][P];
-            gates<1, P>(k.s, k.xs + o, k.hs ? rh + o : nullptr, w.w + CANDIDATE, w.b + CANDIDATE, a);
-            for (int p = 0; p < P; p++) {
-                float* d = grads + o + p * L;
-                V z = load(d + UPDATE * map), n = tanh_(a[0][p]), dh = k.read(k.t.dh_out, y, x + p);
-                store(d + UPDATE * map, dh * (n - k.read(k.t.h, y, x + p)) * z * (1.0f - z));
+        chunks(k.s, [&](const Chunk& chunk) {
+            V e[1][CHUNK];
+            chunk.gates<1>(k.xs, k.hs ? rh : nullptr, w.w + CANDIDATE, w.b + CANDIDATE, FACTOR + CANDIDATE, e);
+            chunk.each([&](int64_t p, int64_t y, int64_t x) {
+                const int64_t o = k.s.at(y, x);
+                float* d = grads + o;
+                V z = load(d + UPDATE * map), n = tanh_(e[0][p]), dh = k.read(k.t.dh_out, y, x);
+                store(d + UPDATE * map, dh * (n - k.read(k.t.h, y, x)) * z * (1.0f - z));
                 store(d + CANDIDATE * map, dh * z * (1.0f - n * n));
-                store(direct + o + p * L, dh * (1.0f - z));
-            }
+                store(direct + o, dh * (1.0f - z));
+            });
         });
-        tiles(k.s, [&](auto P, int64_t y, int64_t x) {
-            const int64_t o = k.s.at(y, x);
-            V drh[1][P] = {};
-            if (k.hs) correlate_transposed<1, 1, P>(k.s, grads + CANDIDATE * map + o, w.w + CANDIDATE, FROM_H, drh);
-            for (int p = 0; p < P; p++) {
-                float* d = grads + RESET * map + o + p * L;
-                V r = load(d);
-                store(d, drh[0][p] * k.read(k.t.h, y, x + p) * r * (1.0f - r));
-                float* past = direct + o + p * L;
-                store(past, load(past) + drh[0][p] * r);
-            }
-        });
+        for (int64_t y = 0; y < k.s.height; y++)
+            tiles<8>(0, k.s.width, [&](auto P, int64_t x) {
+                const int64_t o = k.s.at(y, x);
+                V drh[1][P] = {};
+                if (k.hs) correlate_transposed<1, 1, P>(k.s, grads + CANDIDATE * map + o, w.w + CANDIDATE, FROM_H, drh);
+                for (int p = 0; p < P; p++) {
+                    float* d = grads + RESET * map + o + p * L;
+                    V r = load(d);
+                    store(d, drh[0][p] * k.read(k.t.h, y, x + p) * r * (1.0f - r));
+                    float* past = direct + o + p * L;
+                    store(past, load(past) + drh[0][p] * r);
+                }
+            });
         k.input_grads<G, 2>(w, grads, direct);
         weight_grad<G>(k.s, k.xs, grads, FROM_X, dw, db);
         if (k.hs) {
@@ -388,45 +420,48 @@ struct GRU {
 struct LSTM {
     static constexpr int G = 4, FORWARD = 0, BACKWARD = 4;
     enum Gate { INPUT, FORGET, OUTPUT, CANDIDATE };
-    template <int P>
-    static void activate(const V (&a)[G][P], int p, V& i, V& f, V& o, V& g) {
-        i = a[INPUT][p], f = a[FORGET][p], o = a[OUTPUT][p], g = a[CANDIDATE][p] + a[CANDIDATE][p];
-        sigmoids(i, g);
-        sigmoids(f, o);
-        g = g + g - 1.0f;  // tanh
-    }
+    static constexpr float FACTOR[G] = {1, 1, 1, 2};
     static void forward(const Task& k, const Weights<G>& w) {
-        tiles<LSTM_TILE>(k.s, [&](auto P, int64_t y, int64_t x) {
-            V a[G][P];
-            gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
-            for (int p = 0; p < P; p++) {
-                V i, f, o, g;
-                activate(a, p, i, f, o, g);
-                V c = f * k.read(k.t.c, y, x + p) + i * g;
-                k.write(k.t.c_out, y, x + p, c);
-                k.write_h(y, x + p, o * tanh_(c));
-            }
+        chunks(k.s, [&](const Chunk& chunk) {
+            V e[G][CHUNK], cs[CHUNK];
+            chunk.gates<G>(k.xs, k.hs, w.w, w.b, FACTOR, e);
+            chunk.each([&](int64_t p, int64_t y, int64_t x) {
+                V i = e[INPUT][p], g = e[CANDIDATE][p];
+                V c = k.read(k.t.c, y, x) * inverse(e[FORGET][p]) + (2.0f - g) * inverse(i * g);  // f * c + i * g
+                k.write(k.t.c_out, y, x, c);
+                cs[p] = c;
+            });
+            chunk.exponentials(cs, 2.0f);
+            chunk.each([&](int64_t p, int64_t y, int64_t x) {
+                k.write_h(y, x, (2.0f - cs[p]) * inverse(e[OUTPUT][p] * cs[p]));  // o * tanh(c)
+            });
         });
     }
     static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
         const int64_t map = k.s.padded();
         float* grads = k.room;
-        tiles<LSTM_TILE>(k.s, [&](auto P, int64_t y, int64_t x) {
-            V a[G][P];
-            gates<G, P>(k.s, k.xs + k.s.at(y, x), k.state(y, x), w.w, w.b, a);
-            for (int p = 0; p < P; p++) {
-                V i, f, o, g;
-                activate(a, p, i, f, o, g);
-                V c = k.read(k.t.c, y, x + p), dh = k.read(k.t.dh_out, y, x + p);
-                V t = tanh_(f * c + i * g);
-                V dc = k.read(k.t.dc_out, y, x + p) + dh * o * (1.0f - t * t);
-                float* d = grads + k.s.at(y, x + p);
+        chunks(k.s, [&](const Chunk& chunk) {
+            V e[G][CHUNK], cs[CHUNK];
+            chunk.gates<G>(k.xs, k.hs, w.w, w.b, FACTOR, e);
+            chunk.each([&](int64_t p, int64_t y, int64_t x) {
+                V ig = inverse(e[INPUT][p] * e[CANDIDATE][p]), fo = inverse(e[FORGET][p] * e[OUTPUT][p]);
+                V i = ig * e[CANDIDATE][p], f = fo * e[OUTPUT][p], g = 2.0f * ig * e[INPUT][p] - 1.0f;
+                e[OUTPUT][p] = fo * e[FORGET][p];
+                e[INPUT][p] = i, e[FORGET][p] = f, e[CANDIDATE][p] = g;
+                cs[p] = f * k.read(k.t.c, y, x) + i * g;
+            });
+            chunk.exponentials(cs, 2.0f);
+            chunk.each([&](int64_t p, int64_t y, int64_t x) {
+                V i = e[INPUT][p], f = e[FORGET][p], o = e[OUTPUT][p], g = e[CANDIDATE][p], t = tanh_(cs[p]);
+                V c = k.read(k.t.c, y, x), dh = k.read(k.t.dh_out, y, x);
+                V dc = k.read(k.t.dc_out, y, x) + dh * o * (1.0f - t * t);
+                float* d = grads + k.s.at(y, x);
                 store(d + INPUT * map, dc * g * i * (1.0f - i));
                 store(d + FORGET * map, dc * c * f * (1.0f - f));
                 store(d + OUTPUT * map, dh * t * o * (1.0f - o));
                 store(d + CANDIDATE * map, dc * i * (1.0f - g * g));
-                if (k.t.dc) k.write(k.t.dc, y, x + p, dc * f);
-            }
+                if (k.t.dc) k.write(k.t.dc, y, x, dc * f);
+            });
         });
         k.input_grads<G, G>(w, grads, nullptr);
         weight_grad<G>(k.s, k.xs, grads, FROM_X, dw, db);
