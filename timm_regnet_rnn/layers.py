@@ -59,20 +59,28 @@ def is_batch_norm_relu(norm: nn.Module, act: nn.Module) -> bool:
     )
 
 
-def norm_act(norm: Any, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """act(norm(x)); a batch norm and ReLU that are trained are one op where that saves passes over memory.
+def norm_act(norm: Any, act: nn.Module, x: torch.Tensor, between: Optional[nn.Module] = None) -> torch.Tensor:
+    """act(between(norm(x))); a batch norm and ReLU that are trained are one op where that saves passes over memory.
 
     Left to itself: a graph that torch.compile fuses, and a single value per channel, which torch refuses.
+
+    Args:
+        norm: The norm.
+        act: The activation.
+        x: Features (B, C, H, W).
+        between: timm's drop block, an identity unless it drops.
     """
     if (
         not norm.training
         or torch.compiler.is_compiling()
         or not is_batch_norm_relu(norm, act)
+        or type(between) not in (type(None), nn.Identity)
         or not ops.fused_on_cpu(x)
         or x.numel() <= x.shape[1]
-        or listened(norm, act)
+        or listened(*filter(None, (norm, act, between)))
     ):
-        return act(norm(x))
+        x = norm(x)
+        return act(x if between is None else between(x))
     x, mean, var = ops.batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
     values = x.numel() // x.shape[1]
     with torch.no_grad():

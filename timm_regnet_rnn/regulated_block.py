@@ -212,9 +212,10 @@ class RegulatedBasicBlock(_Regulated, BasicBlock):
     def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Up to the regulator: x1 to x2, which is also what the regulator reads."""
         x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.drop_block(x)
-        x = self.act1(x)
+        if torch.jit.is_scripting():
+            x = self.act1(self.drop_block(self.bn1(x)))
+        else:
+            x = norm_act(self.bn1, self.act1, x, self.drop_block)
         x = self.aa(x)
         return x, x
 
@@ -249,15 +250,13 @@ class RegulatedBottleneck(_Regulated, Bottleneck):
     def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Up to the regulator: x1 to x3, and pool(x2), which the regulator reads."""
         x = self.conv1(x)
-        x = self.bn1(x)
-        x = self.act1(x)
-        read = self.pool(x)
-
-        x = self.conv2(x)
-        x = self.bn2(x)
-        x = self.drop_block(x)
-        x = self.act2(x)
-        return self.aa(x), read
+        if torch.jit.is_scripting():
+            x = self.act1(self.bn1(x))
+            main = self.act2(self.drop_block(self.bn2(self.conv2(x))))
+        else:
+            x = norm_act(self.bn1, self.act1, x)
+            main = norm_act(self.bn2, self.act2, self.conv2(x), self.drop_block)
+        return self.aa(main), self.pool(x)
 
     def leave(
         self, shortcut: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, normed: bool = False
