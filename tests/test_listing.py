@@ -68,7 +68,7 @@ def test_list_sorted_and_filtered(capsys):
     chosen = rows('*_20', '--pretrained')
     assert chosen and all(row['tag'] and row['name'].endswith('_20') for row in chosen)
     assert {row['tag'] for row in rows('*.tiny100_32')} == {'tiny100_32'}
-    assert [full_name(row) for row in rows('regnet_convlstm_20.cifar10*')] == ['regnet_convlstm_20.cifar10_jpeg75']
+    assert [full_name(row) for row in rows('regnet_convlstm_20.cifar10*75')] == ['regnet_convlstm_20.cifar10_jpeg75']
     assert 'no model with pretrained weights matches' in refused(capsys, 'list', '*_110', '--pretrained')
     assert "Did you mean 'regnet_convlstm_20'?" in refused(capsys, 'list', 'regnet_convlstm20')
     assert "invalid choice: 'parms'" in (words := refused(capsys, 'list', '--sort', 'parms')) and "'params'?" in words

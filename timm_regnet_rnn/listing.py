@@ -35,7 +35,7 @@ OURS = [name for name in COMPLEXITY if re.match('(se)?regnet_|cifar_', name) and
 
 def _tags(name: str) -> List[str]:
     """The pretrained tags of a model: the released weights', and the ResNet's that it starts as."""
-    released = [full.partition('.')[2] for full in RELEASED if full.partition('.')[0] == name]
+    released = [full.partition('.')[2] for full in sorted(RELEASED) if full.partition('.')[0] == name]
     regnet = re.fullmatch(r'(se)?regnet_\w+_(\d+)', name)
     source = f'{regnet[1] or ""}resnet' if regnet else ''
     warm = [f'{source}{regnet[2]}_a1_in1k'] if regnet and int(regnet[2]) in WARM_STARTS[source] else []
@@ -109,7 +109,7 @@ def list_rows(
                 rows.append(_row(name, tag, groups))
     if sort in BEST_FIRST:
         rows.sort(key=lambda row: -(float('-inf') if row[sort] is None else row[sort]))
-    elif sort != 'name':  # the file's order is that of the names
+    elif sort != 'name':  # they are in that order
         rows.sort(key=lambda row: row[sort])
     return rows
 
