@@ -126,7 +126,7 @@ def test_a_folder_for_a_machine_without_a_network(hub, tmp_path, capsys):
     for name, words in (
         ('nosuch', "unknown model 'nosuch'; `timm-regnet-rnn list` prints the names."),
         ('resnet18', 'no pretrained weights are called'),
-        ('regnet_convgru_20', 'no pretrained weights are called'),
+        ('regnet_convgru_56', 'no pretrained weights are called'),
         ('regnet_convlstm_20', 'exists and is none of these folders'),
     ):
         assert main(['pull', name, '--to', str(lab)]) == 2
