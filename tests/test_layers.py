@@ -77,7 +77,7 @@ def test_norms_keep_their_statistics(monkeypatch):
         model.zero_grad()
         model.eval()(x).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert scaled_error(*gradients) < 1e-4 and calls == {'training': 24, 'eval': 0}
+    assert scaled_error(*gradients) < 1e-4 and calls == {'training': 24, 'eval': 0, 'fuse': 0}
 
 
 @needs_compiler
@@ -102,7 +102,7 @@ def test_norms_that_are_left_to_torch(monkeypatch):
         net(x)
         with torch.no_grad():
             net.eval()(x)
-    assert calls == {'training': 34, 'eval': 3}
+    assert calls == {'training': 34, 'eval': 3, 'fuse': 3}
     for change in (  # what timm has between a norm and its activation
         lambda block: block.drop_block.register_forward_hook(lambda module, args, out: seen.append(out.shape)),
         lambda block: setattr(block, 'drop_block', nn.Dropout(0.5)),
@@ -190,6 +190,51 @@ def test_a_step_takes_the_norm_only_where_it_is_the_same():
     assert not layers.norm_in_step(cell, norm, act, x)
 
 
+def test_a_step_takes_the_fuse_convolution_only_where_it_is_the_same():
+    """A plain 1x1 convolution of twice the width, no wider than WIDEST, and what `norm_in_step` says of norms."""
+    conv, (norm, act) = nn.Conv2d(32, 16, 1, bias=False), norms().eval()
+    x = torch.randn(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    main = torch.randn(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert layers.fuse_in_step(conv, norm, act, x, main) and layers.fuse_in_step(conv, nn.Identity(), act, x, x)
+    for other in (nn.BatchNorm2d(16), nn.BatchNorm2d(16, affine=False).eval(), nn.GroupNorm(1, 16)):
+        assert not layers.fuse_in_step(conv, other, act, x, main)
+    for other in (nn.SiLU(), nn.Identity()):
+        assert not layers.fuse_in_step(conv, norm, other, x, main)
+        assert not layers.fuse_in_step(conv, nn.Identity(), other, x, main)
+    assert not layers.fuse_in_step(nn.Conv2d(24, 16, 1), norm, act, x, main)
+    for other in (
+        nn.Linear(32, 16),
+        nn.Conv2d(32, 16, 3, padding=1),
+        nn.Conv2d(32, 16, 1, 2),
+        nn.Conv2d(32, 16, 1, groups=2),
+    ):
+        assert not layers.fuse_in_step(other, norm, act, x, main)
+    assert not layers.fuse_in_step(conv, norm, act, x, main[:, :8])
+    assert not layers.fuse_in_step(conv, norm, act, x, main.double())
+    assert not layers.fuse_in_step(conv, norm, act, x, torch.randn(1, 16, 4, 4))
+    assert not layers.fuse_in_step(conv, norm, act, x[:0], main[:0])
+    with torch.autocast('cpu', torch.bfloat16):
+        assert not layers.fuse_in_step(conv, norm, act, x, main)
+    wide = nn.Conv2d(4 * layers.WIDEST, 2 * layers.WIDEST, 1)
+    assert not layers.fuse_in_step(wide, nn.Identity(), act, x, x)
+    for module in (conv, norm, act):
+        hook = module.register_forward_hook(lambda *_: None)
+        assert not layers.fuse_in_step(conv, norm, act, x, main)
+        hook.remove()
+    nn.utils.parametrizations.weight_norm(conv)
+    assert not layers.fuse_in_step(conv, norm, act, x, main)
+
+
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('folded', [True, False])
+def test_the_fuse_kernel_is_convolution_and_norm(bias, folded):
+    conv, norm = nn.Conv2d(32, 16, 1, bias=bias), nn.Identity() if folded else norms()[0].eval()
+    weight, shift = layers.fuse_kernel(conv, norm)
+    x = torch.randn(2, 32, 3, 4)
+    got = nn.functional.conv2d(x, weight[:, :, None, None], shift)
+    torch.testing.assert_close(got, norm(conv(x)), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     'register',
     [
@@ -241,6 +286,9 @@ def test_what_took_the_fuse_convolutions_place_is_called():
     conv.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
     layers.fuse(conv, x, h)
     assert seen == [(1, 4, 3, 3)]
+    for other in (nn.Conv2d(4, 2, 3, padding=1), nn.Conv2d(4, 2, 1, 2), nn.Conv2d(4, 2, 1, groups=2)):
+        with torch.no_grad():
+            assert torch.equal(layers.fuse(other, x, h), other(torch.cat((x, h), 1)))
 
 
 @settings(max_examples=40, deadline=None)

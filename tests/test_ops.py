@@ -161,6 +161,99 @@ def test_norm_in_the_step(name, shape):
         torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, name).default, tuple(check_only))
 
 
+def fusing_inputs(name, shape, state, apart=True):
+    """What a step with its norm and the fuse convolution takes; the features are x unless apart."""
+    tensors = [None if t is None else t.detach() for t in inputs(name, shape, state)]
+    n = shape[1]
+    main = torch.randn(shape).contiguous(memory_format=CL) if apart else tensors[0]
+    return [*tensors, *(torch.randn(n) for _ in range(2)), main, torch.randn(n, 2 * n) / n**0.5, torch.randn(n)]
+
+
+def check_fusing(name, tensors):
+    """The fused op against the float64 reference, whose types and layout it keeps."""
+    before = [None if t is None else t.clone() for t in tensors]
+    h, c, y = ops.step_norm_fuse(getattr(ops, f'{name}_step'), *tensors)
+    twins = [None if t is None else t.double() for t in tensors]
+    true_h, true_c = specified(name)(*twins[:7])
+    pairs = [(h, true_h), (y, reference.fuse_relu(twins[7], true_h, *twins[8:])), (c, true_c)]
+    for got, want in pairs[: 2 + (name == 'conv_lstm')]:
+        assert got.is_contiguous(memory_format=CL) and got.shape == want.shape
+        torch.testing.assert_close(
+            got.double(), want, rtol=1e-5, atol=1e-5 * max(1.0, finite_scale(want)), equal_nan=True
+        )
+    for kept, t in zip(before, tensors):
+        assert t is None or torch.equal(kept.nan_to_num(), t.nan_to_num()), 'inputs are only read'
+
+
+@needs_compiler
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('shape', [*SHAPES, (5, 32, 9, 11)])  # the last: 99 pixels an image, ranges of 96
+@pytest.mark.parametrize('name', NAMES)
+def test_fuse_convolution_in_the_step(name, shape, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for state in (False, True):
+            check_fusing(name, fusing_inputs(name, shape, state))
+            check_fusing(name, fusing_inputs(name, shape, state, apart=False))
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_fuse_convolution_of_other_layouts_and_numbers(name):
+    for value in (float('inf'), float('nan'), 1e30):
+        for which in (0, 1, 7):  # x, h, and the features
+            tensors = fusing_inputs(name, (2, 16, 3, 5), True)
+            tensors[which][1, 3, 1, 2] = value
+            check_fusing(name, tensors)
+    tensors = fusing_inputs(name, (2, 16, 3, 5), True)
+    for which in (1, 7):
+        tensors[which] = tensors[which].contiguous()
+    tensors[8] = tensors[8].t().contiguous().t()
+    check_fusing(name, tensors)
+
+
+@needs_compiler
+@pytest.mark.parametrize('state', [False, True])
+@pytest.mark.parametrize('name', NAMES)
+def test_torch_knows_the_fusing_op(name, state):
+    outs = [torch.empty(2, 16, 3, 5).contiguous(memory_format=CL) for _ in range(3)]
+    outs[2] = outs[2] if name == 'conv_lstm' else None
+    for apart in (False, True):
+        tensors = fusing_inputs(name, (2, 16, 3, 5), state)
+        tensors[7] = tensors[7] if apart else None
+        torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, f'{name}_fuse').default, (*tensors, *outs))
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_wrong_shapes_and_types_of_the_fusing_op_are_refused(name):
+    good = fusing_inputs(name, (2, 16, 4, 4), True)
+    outs = [torch.empty_like(good[0]), torch.empty_like(good[0]), torch.empty_like(good[0])]
+    outs[2] = outs[2] if name == 'conv_lstm' else None
+    op = getattr(torch.ops.timm_regnet_rnn, f'{name}_fuse')
+    for i, bad in (
+        (7, good[7][:1]),
+        (7, good[7].double()),
+        (8, good[8][:, :16]),
+        (8, good[8].half()),
+        (9, good[9][:8]),
+        (5, good[5][:8]),
+    ):
+        with pytest.raises(ValueError, match='must be|takes float32|the others'):
+            op(*good[:i], bad, *good[i + 1 :], *outs)
+    for bad in (outs[0][:1], outs[0].contiguous(memory_format=torch.contiguous_format), outs[0].double()):
+        with pytest.raises(ValueError, match='must be|takes float32'):
+            op(*good, bad, *outs[1:])
+        with pytest.raises(ValueError, match='must be|takes float32'):
+            op(*good, outs[0], bad, outs[2])
+    for i in (0, 7, 8, 9):
+        with pytest.raises((ValueError, RuntimeError, NotImplementedError), match='device|meta'):
+            op(*good[:i], good[i].to('meta'), *good[i + 1 :], *outs)
+
+
 @needs_compiler
 @pytest.mark.parametrize('layout', [CL, torch.contiguous_format])
 @pytest.mark.parametrize('how', ['float32', 'bfloat16', 'autocast'])
@@ -338,8 +431,9 @@ def test_a_training_step_is_the_same(cell):
 
 
 def count_norms(monkeypatch):
-    """Counts the calls of what stands for a norm: the op in training, and a step's scale in eval mode."""
-    calls = {'training': 0, 'eval': 0}
+    """Counts the calls of what stands for a norm: the op in training, and a step's scale in eval mode; and of steps
+    that go on to the fuse convolution."""
+    calls = {'training': 0, 'eval': 0, 'fuse': 0}
     norm = fused.batch_norm_relu
 
     def counted(*args):
@@ -354,6 +448,14 @@ def count_norms(monkeypatch):
             return step(x, h, c, weight, bias, scale, shift)
 
         monkeypatch.setitem(fused.STEPS, name, counted_step)
+    for name, step in list(fused.FUSING_STEPS.items()):
+
+        def counted_fusing(*args, step=step):
+            calls['eval'] += 1
+            calls['fuse'] += 1
+            return step(*args)
+
+        monkeypatch.setitem(fused.FUSING_STEPS, name, counted_fusing)
     return calls
 
 
@@ -366,7 +468,7 @@ def small(**kwargs):
 @pytest.mark.parametrize('deploy', [False, True])
 @pytest.mark.parametrize('model', ['regnet_convlstm_20', 'regnet_convgru_50'])
 def test_eval_mode_is_the_same(model, deploy, monkeypatch):
-    """Norm of h within the step, and the fuse convolution as a matrix product; compiled as well."""
+    """Norm of h within the step, and the fuse convolution too or else as a matrix product; compiled as well."""
     calls = count_norms(monkeypatch)
     net = randomize(timm.create_model(model, layers=(1, 2, 1, 1)[-3 if '20' in model else -4 :])).eval()
     net = (timm.utils.reparameterize_model(net) if deploy else net).to(memory_format=CL)
@@ -378,6 +480,7 @@ def test_eval_mode_is_the_same(model, deploy, monkeypatch):
             ops.set_ops('')
             assert scaled_error(net(x), want) < 1e-4
             assert calls['eval'] == (4 if '20' in model else 5), 'not where a gradient may be wanted'
+            assert calls['fuse'] == (4 if '20' in model else 3), 'nor in wide stages'
     with torch.no_grad():
         assert scaled_error(torch.compile(net, backend='aot_eager', fullgraph=True)(x), want) < 1e-4
 
@@ -386,7 +489,7 @@ def test_eval_mode_is_the_same(model, deploy, monkeypatch):
 @needs_compiler
 @pytest.mark.parametrize('training', [False, True])
 def test_one_compiled_graph_takes_every_batch(training):
-    """One graph for the first batch size, one for all others, none per block; in eval mode the norm of h is inside."""
+    """One graph for the first batch size, one for all others, none per block; in eval mode norm and fuse are inside."""
     torch.compiler.reset()
     net, _ = small()
     net.train(training)
@@ -398,8 +501,9 @@ def test_one_compiled_graph_takes_every_batch(training):
             want = copy.deepcopy(net)(x)
             assert scaled_error(compiled(x), want) < 1e-4
     assert counter.frame_count == 2
-    steps = [n for n in counter.graphs[-1].graph.nodes if 'timm_regnet_rnn.conv_lstm' in str(n.target)]
-    assert len(steps) == 4 and all((step.args[-1] is None) == training for step in steps)
+    steps = [n.target for n in counter.graphs[-1].graph.nodes if 'timm_regnet_rnn.conv_lstm' in str(n.target)]
+    ours = torch.ops.timm_regnet_rnn
+    assert steps == [ours.conv_lstm.default if training else ours.conv_lstm_fuse.default] * 4
 
 
 @needs_compiler

@@ -70,7 +70,8 @@ def by_hand(model, x):
                 from_h = torch.einsum('c,chw->hw', channel[width:], hidden[0]).pow(2).sum().sqrt()
                 share.append(100 * from_h / (from_x + from_h))
             rows.append((f'{name}.{i}', hidden[0].mean(0), gates, torch.stack(share).mean().item()))
-            x, h = block.leave(x, main, raw)
+            main, h = block.fuse_state(main, raw)
+            x = block.leave(x, main)
     return rows
 
 

@@ -15,9 +15,11 @@ from timm.layers import SelectAdaptivePool2d, get_act_layer, get_attn, get_norm_
 from . import ops
 
 __all__ = [
-    *('SampledConv2d', 'check_layers', 'fuse', 'listened', 'norm_act', 'norm_in_step', 'sample_first'),
-    'scale_and_shift',
+    *('SampledConv2d', 'check_layers', 'fuse', 'fuse_in_step', 'fuse_kernel', 'listened', 'norm_act', 'norm_in_step'),
+    *('sample_first', 'scale_and_shift'),
 ]
+
+WIDEST = 128  # channels for which a step goes on to the fuse convolution
 
 
 class SampledConv2d(nn.Conv2d):
@@ -46,6 +48,15 @@ def listened(*modules: nn.Module) -> bool:
     if torch.nn.modules.module._has_any_global_hook():
         return True
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+
+
+def is_pointwise(conv: Any) -> bool:
+    """Whether a convolution is a plain 1x1 one, of all channels at every pixel."""
+    return (
+        type(conv) is nn.Conv2d
+        and (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1)
+        and conv.padding in ((0, 0), 'valid', 'same')
+    )
 
 
 def is_batch_norm_relu(norm: nn.Module, act: nn.Module) -> bool:
@@ -104,13 +115,38 @@ def norm_in_step(cell: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tens
     return fusable and ops.fused_on_cpu(x) and not listened(cell, norm, act)
 
 
+def fuse_in_step(conv: Any, norm: nn.Module, act: nn.Module, x: torch.Tensor, main: torch.Tensor) -> bool:
+    """Whether a step that `norm_in_step` allowed can go on to the fuse convolution of [main, h], its norm and ReLU too.
+
+    Beyond a width of WIDEST torch's matrix products are faster.
+    """
+    return (
+        is_pointwise(conv)
+        and conv.in_channels == 2 * conv.out_channels <= 2 * WIDEST
+        and (is_batch_norm_relu(norm, act) and not norm.training or type(norm) is nn.Identity and type(act) is nn.ReLU)
+        and main.shape == x.shape
+        and x.numel() > 0
+        and ops.native_on_cpu(main)
+        and not listened(conv, norm, act)
+    )
+
+
+def fuse_kernel(conv: Any, norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+    """A 1x1 convolution and the batch norm behind it in eval mode, or an identity: weight (C, C') and bias (C,)."""
+    weight, bias = conv.weight.flatten(1), conv.bias
+    if type(norm) is nn.Identity:
+        return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias
+    scale, shift = scale_and_shift(norm)
+    return weight * scale[:, None], shift if bias is None else torch.addcmul(shift, bias, scale)
+
+
 def scale_and_shift(norm: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """What a batch norm in eval mode does to each channel: a factor and a summand (C,)."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return scale, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
-def fuse(conv: nn.Module, x: torch.Tensor, h: torch.Tensor, normed: bool = False) -> torch.Tensor:
+def fuse(conv: Any, x: torch.Tensor, h: torch.Tensor, normed: bool = False) -> torch.Tensor:
     """The fuse convolution, 1x1 over [x, h], without writing [x, h] to memory where nobody asks for it.
 
     Args:
@@ -122,7 +158,7 @@ def fuse(conv: nn.Module, x: torch.Tensor, h: torch.Tensor, normed: bool = False
     Returns:
         Features (B, C, H, W).
     """
-    if type(conv) is not nn.Conv2d or not isinstance(x, torch.Tensor) or listened(conv):  # a proxy of torch.fx is none
+    if not is_pointwise(conv) or not isinstance(x, torch.Tensor) or listened(conv):  # a proxy of torch.fx is none
         return conv(torch.cat((x, h), 1))
     width = x.shape[1]
     fast = ops.native_on_cpu(x) if normed else no_grad_on_cpu(x)

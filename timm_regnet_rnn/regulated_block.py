@@ -1,8 +1,8 @@
 """The blocks of RegNet: timm's basic block and bottleneck with one time step of a regulator inside.
 
 Paper: RegNet: Self-Regulated Network for Image Classification, https://arxiv.org/abs/2101.00590, sections 3.2 and 3.3,
-Fig. 3 and 4. A block is split at the regulator: `enter` computes what the cell reads, `leave` begins with the fuse
-convolution. Everything that is ResNet stays timm's.
+Fig. 3 and 4. A block is split at the regulator: `enter` computes what the cell reads, `fuse_state` joins the state to
+the features, `leave` is the rest. Everything that is ResNet stays timm's.
 """
 
 from collections import OrderedDict
@@ -14,7 +14,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 from . import ops
 from .conv_rnn import CELLS, RegulatorCell
-from .layers import fuse, norm_act, norm_in_step, scale_and_shift
+from .layers import fuse, fuse_in_step, fuse_kernel, norm_act, norm_in_step, scale_and_shift
 from .reparameterize import fold_norm, fold_sequential
 
 __all__ = ['BLOCKS', 'RegulatedBasicBlock', 'RegulatedBottleneck', 'TimeStep']
@@ -94,9 +94,7 @@ class _Regulated(_Foldable):
 
         def enter(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]: ...
 
-        def leave(
-            self, shortcut: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, normed: bool = False
-        ) -> Tuple[torch.Tensor, torch.Tensor]: ...
+        def leave(self, shortcut: torch.Tensor, x: torch.Tensor) -> torch.Tensor: ...
 
     def __init__(
         self,
@@ -156,15 +154,22 @@ class _Regulated(_Foldable):
             weight, bias = step.weight, step.bias
             if weight is None or bias is None:
                 weight, bias = cell.kernel()
-            scale, shift = scale_and_shift(self.bn_h)
-            raw, c = ops.step_norm_relu(cell.step, read, step.h, step.c, weight, bias, scale, shift)
+            start = cell.step, read, step.h, step.c, weight, bias, *scale_and_shift(self.bn_h)
+            if fuse_in_step(self.conv_fuse, self.bn_fuse, self.act_fuse, read, main):
+                h, c, main = ops.step_norm_fuse(*start, main, *fuse_kernel(self.conv_fuse, self.bn_fuse))
+            else:
+                raw, c = ops.step_norm_relu(*start)
+                main, h = self.fuse_state(main, raw, normed)
         else:
             raw, c = cell(read, step.h, step.c, step.weight, step.bias)
-        out, h = self.leave(x, main, raw, normed)
+            main, h = self.fuse_state(main, raw, normed)
+        out = self.leave(x, main)
         step.next, step.recorded = (h, c), torch.is_grad_enabled()
         return out
 
-    def fuse_state(self, main: torch.Tensor, raw: torch.Tensor, normed: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+    def fuse_state(
+        self, main: torch.Tensor, raw: torch.Tensor, normed: bool = False
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         """The state joins the features.
 
             h = ReLU(BN(h'));  x = ReLU(BN(conv1x1([x, h])))
@@ -219,14 +224,11 @@ class RegulatedBasicBlock(_Regulated, BasicBlock):
         x = self.aa(x)
         return x, x
 
-    def leave(
-        self, shortcut: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, normed: bool = False
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """From the regulator on: x1, x2 and the cell's h' to the block's features and the h that is carried."""
-        x, h = self.fuse_state(x, raw, normed)
+    def leave(self, shortcut: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """From the fused state on: x1 and x3 to the block's features."""
         x = self.conv2(x)
         x = self.bn2(x)
-        return self.act2(self.join(x, shortcut)), h
+        return self.act2(self.join(x, shortcut))
 
 
 class RegulatedBottleneck(_Regulated, Bottleneck):
@@ -258,14 +260,11 @@ class RegulatedBottleneck(_Regulated, Bottleneck):
             main = norm_act(self.bn2, self.act2, self.conv2(x), self.drop_block)
         return self.aa(main), self.pool(x)
 
-    def leave(
-        self, shortcut: torch.Tensor, x: torch.Tensor, raw: torch.Tensor, normed: bool = False
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """From the regulator on: x1, x3 and the cell's h' to the block's features and the h that is carried."""
-        x, h = self.fuse_state(x, raw, normed)
+    def leave(self, shortcut: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """From the fused state on: x1 and x4 to the block's features."""
         x = self.conv3(x)
         x = self.bn3(x)
-        return self.act3(self.join(x, shortcut)), h
+        return self.act3(self.join(x, shortcut))
 
 
 class _Control(_Foldable):

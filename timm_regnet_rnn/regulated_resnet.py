@@ -120,7 +120,8 @@ class RegulatedStage(nn.Sequential):
                         raw, c = self.regulator(read, h, c, weight, bias)
                     else:
                         raw, c = block.regulator(read, h, c)
-                    x, h = block.leave(x, main, raw)
+                    main, h = block.fuse_state(main, raw)
+                    x = block.leave(x, main)
                 elif not hasattr(block, 'is_regulator'):
                     x = block(x)
             return x

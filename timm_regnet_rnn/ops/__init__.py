@@ -28,6 +28,7 @@ __all__ = [
     'chosen_ops',
     'fused_on_cpu',
     'set_ops',
+    'step_norm_fuse',
     'step_norm_relu',
     'use',
 ]
@@ -200,6 +201,29 @@ def step_norm_relu(
         return fused(x, h, c, weight, bias, scale, shift)
     h, c = step(x, h, c, weight, bias)
     return reference.affine_relu(h, scale, shift), c
+
+
+def step_norm_fuse(
+    step: Callable[..., State],
+    x: torch.Tensor,
+    h: Optional[torch.Tensor],
+    c: Optional[torch.Tensor],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    main: torch.Tensor,
+    fuse_weight: torch.Tensor,
+    fuse_bias: torch.Tensor,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
+    """`step_norm_relu`, and ReLU(fuse_weight [main, h'] + fuse_bias) of main (B, N, H, W), with fuse_weight (N, 2 N).
+
+    For what `fused_on_cpu` takes, without gradients.
+    """
+    from . import fused
+
+    fusing = fused.FUSING_STEPS[step.__name__.removesuffix('_step')]
+    return fusing(x, h, c, weight, bias, scale, shift, main, fuse_weight, fuse_bias)
 
 
 def conv_rnn_step(

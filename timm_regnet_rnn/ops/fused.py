@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 
-__all__ = ['STEPS', 'batch_norm_relu', 'unavailable']
+__all__ = ['FUSING_STEPS', 'STEPS', 'batch_norm_relu', 'unavailable']
 
 KERNELS = {'cpu': 'fused_cpu', 'cuda': 'fused_cuda'}  # device type -> module of this package
 GATES = {'conv_rnn': 1, 'conv_gru': 3, 'conv_lstm': 4}
@@ -187,6 +187,55 @@ def _register(cell: str) -> Callable[..., Tuple[Tensor, Maybe]]:
 
 
 STEPS: Dict[str, Callable[..., Tuple[Tensor, Maybe]]] = {cell: _register(cell) for cell in GATES}
+
+
+def _register_fusing(cell: str) -> Callable[..., Tuple[Tensor, Maybe, Tensor]]:
+    """The op `{cell}_fuse`, for inference on the CPU: a step, its norm, and the fuse convolution with norm and ReLU.
+
+    It writes to tensors that it is given, for which torch.compile finds room that is free again.
+    """
+    has_c = cell == 'conv_lstm'
+
+    def forward(
+        x: Tensor,
+        h: Optional[Tensor],
+        c: Optional[Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        scale: Tensor,
+        shift: Tensor,
+        main: Optional[Tensor],
+        fuse_weight: Tensor,
+        fuse_bias: Tensor,
+        y: Tensor,
+        h_out: Tensor,
+        c_out: Optional[Tensor],
+    ) -> None:
+        tensors = (x, h, c, weight, bias, scale, shift, x if main is None else main, fuse_weight, fuse_bias)
+        kernels('cpu').forward_fuse(cell, *tensors, y, [h_out] if c_out is None else [h_out, c_out])
+
+    outs = ('y', 'h_out', 'c_out')
+    op = library.custom_op(f'timm_regnet_rnn::{cell}_fuse', forward, mutates_args=outs, device_types='cpu')
+
+    @op.register_fake
+    def _(*tensors):
+        check_devices(*tensors)
+
+    @register_flop_formula(getattr(torch.ops.timm_regnet_rnn, f'{cell}_fuse'))
+    def _(x, *_: Any, **__: Any) -> int:
+        return _flops(GATES[cell], 1, x) + 4 * x[1] * math.prod(x)
+
+    def step(x, h, c, weight, bias, scale, shift, main, fuse_weight, fuse_bias):
+        main = None if main is x else main  # torch.compile makes a copy of a tensor that is there twice
+        y, h_out, *outs = (torch.empty_like(x) for _ in range(2 + has_c))  # inductor fills those of another layout
+        c, c_out = (c, outs[0]) if has_c else (None, None)
+        op(x, h, c, weight, bias, scale, shift, main, fuse_weight, fuse_bias, y, h_out, c_out)
+        return h_out, c_out, y
+
+    return step
+
+
+FUSING_STEPS: Dict[str, Callable[..., Tuple[Tensor, Maybe, Tensor]]] = {cell: _register_fusing(cell) for cell in GATES}
 
 
 @library.custom_op('timm_regnet_rnn::batch_norm_relu', mutates_args=(), device_types='cpu')

@@ -25,7 +25,16 @@ from . import reference
 from .compile_cpu import compile_library, find_compiler, library_name, sum_file
 from .fused import check, check_devices
 
-__all__ = ['CONVERTS', 'backward', 'batch_norm_relu', 'batch_norm_relu_backward', 'empty', 'forward', 'unavailable']
+__all__ = [
+    'CONVERTS',
+    'backward',
+    'batch_norm_relu',
+    'batch_norm_relu_backward',
+    'empty',
+    'forward',
+    'forward_fuse',
+    'unavailable',
+]
 
 CONVERTS = True  # a step turns every tensor into float32 and channels_last
 LANES = 16  # channels that the kernels take together
@@ -219,19 +228,67 @@ def forward(
     shift: Optional[Tensor],
 ) -> List[Tensor]:
     """The new h, after the norm if scale and shift are given, and, of an LSTM, the new c."""
+    outs = [empty(x) for _ in range(1 + (cell == 'conv_lstm'))]
+    _forward(cell, x, h, c, weight, bias, scale, shift, outs, (None, None, None, None))
+    return outs
+
+
+def forward_fuse(
+    cell: str,
+    x: Tensor,
+    h: Optional[Tensor],
+    c: Optional[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    main: Tensor,
+    fuse_weight: Tensor,
+    fuse_bias: Tensor,
+    y: Tensor,
+    outs: List[Tensor],
+) -> None:
+    """`forward` with a norm into `outs`, and ReLU(fuse_weight [main, h'] + fuse_bias) into `y`, in channels_last."""
+    if main.shape != x.shape or fuse_weight.shape != (x.shape[1], 2 * x.shape[1]):
+        shapes = tuple(main.shape), tuple(fuse_weight.shape)
+        raise ValueError(f'main must be (B, N, H, W) as x is, fuse_weight (N, 2 N); got {shapes[0]} and {shapes[1]}.')
+    _check_vectors(x, fuse_bias)
+    _check_float32(main, fuse_weight, *outs, y)
+    if any(t.shape != x.shape or not t.is_contiguous(memory_format=torch.channels_last) for t in (*outs, y)):
+        raise ValueError(f'what the step writes to must be {tuple(x.shape)} in channels_last.')
+    strips = fuse_weight.unflatten(0, (-1, LANES)).transpose(1, 2)
+    fuse = _channels_last(main), _contiguous(strips), _contiguous(fuse_bias), y
+    if not _forward(cell, x, h, c, weight, bias, scale, shift, outs, fuse):
+        y.copy_(reference.fuse_relu(main, outs[0], fuse_weight, fuse_bias))
+
+
+def _forward(
+    cell: str,
+    x: Tensor,
+    h: Optional[Tensor],
+    c: Optional[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    scale: Optional[Tensor],
+    shift: Optional[Tensor],
+    outs: List[Tensor],
+    fuse: Sequence[Optional[Tensor]],
+) -> bool:
+    """Write a step to `outs`; False if the reference had to, and nothing was made of the main features, weight, bias
+    and result in `fuse`."""
     check(cell, x, h, c, weight, bias, LANES)
     _check_float32(x, h, c, weight, bias)
     _check_vectors(x, scale, shift)
     x, h, c = map(_channels_last, (x, h, c))
     weight, bias, scale, shift = map(_contiguous, (weight, bias, scale, shift))
-    room = _room(cell, x, False)
-    outs = [empty(x) for _ in range(1 + (cell == 'conv_lstm'))]
-    if _call(f'{cell}_forward', x, weight, bias, x, h, c, scale, shift, outs[0], outs[-1], room) == UNUSUAL:
-        with torch.autocast('cpu', enabled=False):
-            raw, state = getattr(reference, f'{cell}_step')(x, h, c, weight, bias)
-        outs = [reference.affine_relu(raw, scale, shift), state][: len(outs)]
-        outs = [_channels_last(out) for out in outs]
-    return outs
+    arguments = (weight, bias, x, h, c, scale, shift, *fuse, outs[0], outs[-1], _room(cell, x, False))
+    if _call(f'{cell}_forward', x, *arguments) != UNUSUAL:
+        return True
+    with torch.autocast('cpu', enabled=False):
+        raw, state = getattr(reference, f'{cell}_step')(x, h, c, weight, bias)
+    for out, found in zip(outs, (reference.affine_relu(raw, scale, shift), state)):
+        out.copy_(found)
+    return False
 
 
 def backward(
