@@ -164,10 +164,13 @@ def fuse(conv: Any, x: torch.Tensor, h: torch.Tensor, normed: bool = False) -> t
     fast = ops.native_on_cpu(x) if normed else no_grad_on_cpu(x)
     if not fast or not h.is_contiguous(memory_format=torch.channels_last):
         return F.conv2d(x, conv.weight[:, :width], conv.bias).add_(F.conv2d(h, conv.weight[:, width:]))
-    # channels_last: matrix products, of which the second adds to the first's result in place
+    # channels_last: matrix products, of which the second adds to the first's result in place; torch.compile adds later
     weight = conv.weight.flatten(1)
-    out = F.linear(x.permute(0, 2, 3, 1), weight[:, :width], conv.bias)
-    out.view(-1, weight.shape[0]).addmm_(h.permute(0, 2, 3, 1).reshape(-1, h.shape[1]), weight[:, width:].t())
+    out, state = F.linear(x.permute(0, 2, 3, 1), weight[:, :width], conv.bias), h.permute(0, 2, 3, 1)
+    if torch.compiler.is_compiling():
+        out = out + F.linear(state, weight[:, width:])
+    else:
+        out.view(-1, weight.shape[0]).addmm_(state.reshape(-1, h.shape[1]), weight[:, width:].t())
     return out.permute(0, 3, 1, 2)
 
 

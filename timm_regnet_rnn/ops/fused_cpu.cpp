@@ -1,4 +1,5 @@
-// One regulator step, and a batch norm with ReLU, forward and backward, for float32 tensors in channels_last layout.
+// One regulator step, and a batch norm with ReLU, forward and backward, and the fuse convolution behind a step, forward,
+// for float32 tensors in channels_last layout.
 //
 // A task is one image times one block of L channels. It copies x and h into zero-padded scratch that stays in cache,
 // so that no tap needs a border check, and keeps the gates of a chunk of pixels in the nearest cache: x, h and c are read
