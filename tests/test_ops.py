@@ -172,7 +172,7 @@ def fusing_inputs(name, shape, state, apart=True):
 def check_fusing(name, tensors):
     """The fused op against the float64 reference, whose types and layout it keeps."""
     before = [None if t is None else t.clone() for t in tensors]
-    h, c, y = ops.step_norm_fuse(getattr(ops, f'{name}_step'), *tensors)
+    h, c, y = ops.step_norm_fuse(getattr(ops, f'{name}_step'), tensors[:7], *tensors[7:])
     twins = [None if t is None else t.double() for t in tensors]
     true_h, true_c = specified(name)(*twins[:7])
     pairs = [(h, true_h), (y, reference.fuse_relu(twins[7], true_h, *twins[8:])), (c, true_c)]

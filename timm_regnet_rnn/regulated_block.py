@@ -154,11 +154,12 @@ class _Regulated(_Foldable):
             weight, bias = step.weight, step.bias
             if weight is None or bias is None:
                 weight, bias = cell.kernel()
-            start = cell.step, read, step.h, step.c, weight, bias, *scale_and_shift(self.bn_h)
+            tensors = read, step.h, step.c, weight, bias, *scale_and_shift(self.bn_h)
             if fuse_in_step(self.conv_fuse, self.bn_fuse, self.act_fuse, read, main):
-                h, c, main = ops.step_norm_fuse(*start, main, *fuse_kernel(self.conv_fuse, self.bn_fuse))
+                kernel = fuse_kernel(self.conv_fuse, self.bn_fuse)
+                h, c, main = ops.step_norm_fuse(cell.step, tensors, main, *kernel)
             else:
-                raw, c = ops.step_norm_relu(*start)
+                raw, c = ops.step_norm_relu(cell.step, *tensors)
                 main, h = self.fuse_state(main, raw, normed)
         else:
             raw, c = cell(read, step.h, step.c, step.weight, step.bias)

@@ -14,7 +14,7 @@ import logging
 import os
 from contextlib import contextmanager
 from functools import partial
-from typing import Callable, Iterator, Optional, Tuple
+from typing import Callable, Iterator, Optional, Sequence, Tuple
 
 import torch
 
@@ -205,25 +205,18 @@ def step_norm_relu(
 
 def step_norm_fuse(
     step: Callable[..., State],
-    x: torch.Tensor,
-    h: Optional[torch.Tensor],
-    c: Optional[torch.Tensor],
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
+    tensors: Sequence[Optional[torch.Tensor]],
     main: torch.Tensor,
     fuse_weight: torch.Tensor,
     fuse_bias: torch.Tensor,
 ) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
-    """`step_norm_relu`, and ReLU(fuse_weight [main, h'] + fuse_bias) of main (B, N, H, W), with fuse_weight (N, 2 N).
+    """`step_norm_relu` of its seven tensors, and ReLU(fuse_weight [main, h'] + fuse_bias).
 
-    For what `fused_on_cpu` takes, without gradients.
+    For what `fused_on_cpu` takes, without gradients; main is (B, N, H, W), fuse_weight (N, 2 N).
     """
     from . import fused
 
-    fusing = fused.FUSING_STEPS[step.__name__.removesuffix('_step')]
-    return fusing(x, h, c, weight, bias, scale, shift, main, fuse_weight, fuse_bias)
+    return fused.FUSING_STEPS[step.__name__.removesuffix('_step')](*tensors, main, fuse_weight, fuse_bias)
 
 
 def conv_rnn_step(

@@ -211,11 +211,11 @@ def _register_fusing(cell: str) -> Callable[..., Tuple[Tensor, Maybe, Tensor]]:
         h_out: Tensor,
         c_out: Optional[Tensor],
     ) -> None:
-        tensors = (x, h, c, weight, bias, scale, shift, x if main is None else main, fuse_weight, fuse_bias)
-        kernels('cpu').forward_fuse(cell, *tensors, y, [h_out] if c_out is None else [h_out, c_out])
+        tensors, outs = (x, h, c, weight, bias, scale, shift), [h_out] if c_out is None else [h_out, c_out]
+        kernels('cpu').forward_fuse(cell, tensors, x if main is None else main, fuse_weight, fuse_bias, y, outs)
 
-    outs = ('y', 'h_out', 'c_out')
-    op = library.custom_op(f'timm_regnet_rnn::{cell}_fuse', forward, mutates_args=outs, device_types='cpu')
+    written = ('y', 'h_out', 'c_out')
+    op = library.custom_op(f'timm_regnet_rnn::{cell}_fuse', forward, mutates_args=written, device_types='cpu')
 
     @op.register_fake
     def _(*tensors):
@@ -228,9 +228,9 @@ def _register_fusing(cell: str) -> Callable[..., Tuple[Tensor, Maybe, Tensor]]:
     def step(x, h, c, weight, bias, scale, shift, main, fuse_weight, fuse_bias):
         main = None if main is x else main  # torch.compile makes a copy of a tensor that is there twice
         y, h_out, *outs = (torch.empty_like(x) for _ in range(2 + has_c))  # inductor fills those of another layout
-        c, c_out = (c, outs[0]) if has_c else (None, None)
-        op(x, h, c, weight, bias, scale, shift, main, fuse_weight, fuse_bias, y, h_out, c_out)
-        return h_out, c_out, y
+        c_in, c_out = (c, outs[0]) if has_c else (None, None)
+        op(x, h, c_in, weight, bias, scale, shift, main, fuse_weight, fuse_bias, y, h_out, c_out)
+        return h_out, c_out if has_c else c, y
 
     return step
 

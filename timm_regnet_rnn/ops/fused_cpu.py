@@ -229,26 +229,21 @@ def forward(
 ) -> List[Tensor]:
     """The new h, after the norm if scale and shift are given, and, of an LSTM, the new c."""
     outs = [empty(x) for _ in range(1 + (cell == 'conv_lstm'))]
-    _forward(cell, x, h, c, weight, bias, scale, shift, outs, (None, None, None, None))
+    _forward(cell, (x, h, c, weight, bias, scale, shift), outs, (None, None, None, None))
     return outs
 
 
 def forward_fuse(
     cell: str,
-    x: Tensor,
-    h: Optional[Tensor],
-    c: Optional[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    tensors: Sequence[Optional[Tensor]],
     main: Tensor,
     fuse_weight: Tensor,
     fuse_bias: Tensor,
     y: Tensor,
     outs: List[Tensor],
 ) -> None:
-    """`forward` with a norm into `outs`, and ReLU(fuse_weight [main, h'] + fuse_bias) into `y`, in channels_last."""
+    """`forward` of its seven tensors into `outs`, and ReLU(fuse_weight [main, h'] + fuse_bias) into `y`."""
+    x: Any = tensors[0]
     if main.shape != x.shape or fuse_weight.shape != (x.shape[1], 2 * x.shape[1]):
         shapes = tuple(main.shape), tuple(fuse_weight.shape)
         raise ValueError(f'main must be (B, N, H, W) as x is, fuse_weight (N, 2 N); got {shapes[0]} and {shapes[1]}.')
@@ -257,25 +252,16 @@ def forward_fuse(
     if any(t.shape != x.shape or not t.is_contiguous(memory_format=torch.channels_last) for t in (*outs, y)):
         raise ValueError(f'what the step writes to must be {tuple(x.shape)} in channels_last.')
     strips = fuse_weight.unflatten(0, (-1, LANES)).transpose(1, 2)
-    fuse = _channels_last(main), _contiguous(strips), _contiguous(fuse_bias), y
-    if not _forward(cell, x, h, c, weight, bias, scale, shift, outs, fuse):
+    if not _forward(cell, tensors, outs, (_channels_last(main), _contiguous(strips), _contiguous(fuse_bias), y)):
         y.copy_(reference.fuse_relu(main, outs[0], fuse_weight, fuse_bias))
 
 
 def _forward(
-    cell: str,
-    x: Tensor,
-    h: Optional[Tensor],
-    c: Optional[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    scale: Optional[Tensor],
-    shift: Optional[Tensor],
-    outs: List[Tensor],
-    fuse: Sequence[Optional[Tensor]],
+    cell: str, tensors: Sequence[Optional[Tensor]], outs: List[Tensor], fuse: Sequence[Optional[Tensor]]
 ) -> bool:
     """Write a step to `outs`; False if the reference had to, and nothing was made of the main features, weight, bias
     and result in `fuse`."""
+    x, h, c, weight, bias, scale, shift = tensors  # type: Any, Any, Any, Any, Any, Any, Any
     check(cell, x, h, c, weight, bias, LANES)
     _check_float32(x, h, c, weight, bias)
     _check_vectors(x, scale, shift)
