@@ -249,6 +249,8 @@ def test_wrong_shapes_and_types_of_the_fusing_op_are_refused(name):
             op(*good, bad, *outs[1:])
         with pytest.raises(ValueError, match='must be|takes float32'):
             op(*good, outs[0], bad, outs[2])
+    with pytest.raises(ValueError, match="room for h' and c'"):
+        op(*good, *outs[:2], torch.empty_like(good[0]) if outs[2] is None else None)
     for i in (0, 7, 8, 9):
         with pytest.raises((ValueError, RuntimeError, NotImplementedError), match='device|meta'):
             op(*good[:i], good[i].to('meta'), *good[i + 1 :], *outs)

@@ -249,6 +249,8 @@ def forward_fuse(
         raise ValueError(f'main must be (B, N, H, W) as x is, fuse_weight (N, 2 N); got {shapes[0]} and {shapes[1]}.')
     _check_vectors(x, fuse_bias)
     _check_float32(main, fuse_weight, *outs, y)
+    if len(outs) != 1 + (cell == 'conv_lstm'):
+        raise ValueError("conv_lstm must be given room for h' and c', another step for h' alone.")
     if any(t.shape != x.shape or not t.is_contiguous(memory_format=torch.channels_last) for t in (*outs, y)):
         raise ValueError(f'what the step writes to must be {tuple(x.shape)} in channels_last.')
     strips = fuse_weight.unflatten(0, (-1, LANES)).transpose(1, 2)
