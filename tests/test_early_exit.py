@@ -51,6 +51,9 @@ def test_rows_and_refusals(tmp_path, capsys):
         assert script.main([tag, '--data-dir', str(tmp_path)], file) == 0
         header, row = file.read_text().splitlines()
         assert row.startswith(f'{tag},10,') and header.count(',') == row.count(',')
+    grey = 'cifar_resnet_20.fashion_mnist'
+    assert script.main([grey, '--data-dir', str(tmp_path)], tmp_path / 'grey.csv') == 0
+    assert (tmp_path / 'grey.csv').read_text().splitlines()[1].startswith(f'{grey},10,')
     (tmp_path / 'test' / 'more').mkdir()
     Image.new('RGB', (32, 32)).save(tmp_path / 'test' / 'more' / 'a.png')
     for argv, words in (([tmp_path], 'another data set'), (['nowhere'], "no folder 'test'")):

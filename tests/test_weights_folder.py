@@ -228,12 +228,17 @@ class Always(torch.nn.Module):
 
     num_classes = 6
 
+    def __init__(self, channels=3):
+        super().__init__()
+        self.channels = channels
+
     def forward(self, x):
+        assert x.shape[1:] == (self.channels, 8, 8)
         return torch.tensor([0.0, 5.0, 4.0, 3.0, 2.0, 1.0]).expand(len(x), -1)
 
 
 def test_accuracy_is_counted(tmp_path):
-    """Of ten images, three are of the class it ranks first and two of the one it ranks last."""
+    """Of ten images, three are of the class it ranks first and two of the one it ranks last; in grey as well."""
     for label, count in enumerate((2, 3, 1, 2, 1, 1)):
         folder = tmp_path / 'validation' / f'class{label}'
         folder.mkdir(parents=True)
@@ -242,6 +247,14 @@ def test_accuracy_is_counted(tmp_path):
     config = dict(input_size=(3, 8, 8), interpolation='bicubic', mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
     found = Trained(Always(), 'x', {}, data_config=dict(config, crop_mode='center'))
     assert evaluate(found, str(tmp_path), 'val') == dict(top1=30.0, top5=80.0, images=10, split='val')
+    for channels in (1, 2):
+        sizes = dict(input_size=(channels, 8, 8), mean=(0.5,) * channels, std=(0.5,) * channels, crop_mode='center')
+        grey = Trained(Always(channels), 'x', {}, data_config=dict(config, **sizes))
+        if channels == 1:
+            assert evaluate(grey, str(tmp_path), 'val')['top1'] == 30.0
+        else:
+            with pytest.raises(UsageError, match='takes 2 channels; images are read with 1 or 3'):
+                evaluate(grey, str(tmp_path), 'val')
     found.model.num_classes = 7
     with pytest.raises(UsageError, match='has 6 classes, the model 7.'):
         evaluate(found, str(tmp_path), 'val')

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import UsageError
 
-__all__ = ['formats', 'image_paths', 'read_image']
+__all__ = ['formats', 'image_mode', 'image_paths', 'read_image']
 
 # What Pillow identifies and cannot decode by itself: data in science formats, films, programs for Ghostscript.
 NO_PICTURES = ('BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF')
@@ -23,6 +23,18 @@ def formats() -> Tuple[str, ...]:
     """Pillow's names of the formats that are read."""
     Image.init()
     return tuple(name for name in Image.OPEN if name not in NO_PICTURES)
+
+
+def image_mode(channels: int) -> str:
+    """Pillow's name of images with so many channels; as timm's train.py reads them.
+
+    Raises:
+        UsageError: Neither 1 nor 3.
+    """
+    modes = {1: 'L', 3: 'RGB'}
+    if channels not in modes:
+        raise UsageError(f'the model takes {channels} channels; images are read with 1 or 3.')
+    return modes[channels]
 
 
 def image_paths(names: Sequence[Union[str, Path]]) -> List[Path]:

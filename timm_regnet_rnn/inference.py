@@ -19,7 +19,7 @@ from timm.data.loader import adapt_to_chs
 from timm.models import get_pretrained_cfg, is_model, is_model_pretrained
 
 from .errors import UsageError, did_you_mean
-from .images import read_image
+from .images import image_mode, read_image
 
 log = logging.getLogger('timm_regnet_rnn')
 Model = Any  # a timm model; what timm sets on its models has no types
@@ -298,10 +298,7 @@ def preprocessing(model: Model) -> Tuple[Dict[str, Any], Callable[[Union[str, Pa
     if channels != config['input_size'][0]:  # timm builds with `in_chans` and keeps the settings of the weights
         config['input_size'] = (channels, *config['input_size'][1:])
         config.update({key: tuple(adapt_to_chs(config[key], channels)) for key in ('mean', 'std')})
-    mode = {1: 'L', 3: 'RGB'}.get(channels)
-    if mode is None:
-        raise UsageError(f'the model takes {channels} channels; images are read with 1 or 3.')
-    transform = create_transform(**config)
+    mode, transform = image_mode(channels), create_transform(**config)
 
     def prepare(path: Union[str, Path]) -> torch.Tensor:
         image: Image.Image = read_image(path, mode)

@@ -20,6 +20,7 @@ from timm.data import create_dataset, create_transform, resolve_data_config
 
 import timm_regnet_rnn  # noqa: F401  registers the models
 from timm_regnet_rnn.errors import Parser, UsageError, run_command
+from timm_regnet_rnn.images import image_mode
 from timm_regnet_rnn.results import EARLY_EXIT
 
 HOME = Path(__file__).resolve().parent
@@ -81,7 +82,8 @@ def measure(name: str, data_dir: str, split: str) -> Dict[str, Any]:
         )
     model = timm.create_model(name, pretrained=True).eval()
     config = resolve_data_config(model=model, use_test_size=True)
-    dataset = create_dataset('', root=data_dir, split=split, transform=create_transform(**config))
+    mode = image_mode(config['input_size'][0])
+    dataset = create_dataset('', root=data_dir, split=split, input_img_mode=mode, transform=create_transform(**config))
     if len(dataset.reader.class_to_idx) != model.num_classes:
         found = len(dataset.reader.class_to_idx)
         raise UsageError(f'{name} has {model.num_classes} classes, {data_dir!r} {found}: another data set.')

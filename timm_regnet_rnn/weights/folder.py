@@ -21,6 +21,7 @@ import timm_regnet_rnn
 from ..datasets import dataset_name
 from ..errors import UsageError
 from ..files import file_sum, scratch_folder
+from ..images import image_mode
 from ..inference import from_file
 from ..training.data import read_classes, split_folder
 from .config import write_config
@@ -142,10 +143,11 @@ def evaluate(trained: Trained, data_dir: str, split: str) -> Dict[str, Any]:
     """Top-1 and top-5 accuracy in percent on a split of an image folder, and its number of images.
 
     Raises:
-        ValueError: There is no such folder, timm would misread it, or it has another number of classes than the model.
+        ValueError: There is no such folder, timm would misread it, it has another number of classes than the model, or
+            the model takes neither 1 nor 3 channels.
     """
     classes = len(read_classes(split_folder(dict(data_dir=data_dir), split))[0])
-    data = create_dataset('', data_dir, split=split)
+    data = create_dataset('', data_dir, split=split, input_img_mode=image_mode(trained.data_config['input_size'][0]))
     if classes != trained.model.num_classes:
         raise UsageError(f'{data_dir!r} has {classes} classes, the model {trained.model.num_classes}.')
     keys = ('interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
