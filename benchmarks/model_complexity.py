@@ -16,12 +16,19 @@ FILE = Path(__file__).resolve().parents[1] / 'timm_regnet_rnn' / 'model_complexi
 
 
 def count() -> dict:
-    """The sizes by name: our models, timm's ResNets that they are measured against, and tags of another size."""
+    """The sizes by name: our models, timm's ResNets that they are measured against, and tags of another size, with the
+    ResNet at the tag's size."""
     names = timm.list_models(module='regnet_rnn')
     resnets = dict.fromkeys(parse_name(name).resnet for name in names)
     rows = {name: complexity(on_meta(name).eval()) for name in dict.fromkeys([*names, *resnets])}
-    tagged = {name: complexity(on_meta(name).eval()) for name in RELEASED}
-    rows.update((name, row) for name, row in tagged.items() if row != rows[name.split('.')[0]])
+    for name, entry in RELEASED.items():
+        base, _, tag = name.partition('.')
+        row = complexity(on_meta(name).eval())
+        if row == rows[base]:
+            continue
+        rows[name] = row
+        resnet = on_meta(parse_name(base).resnet, num_classes=entry['num_classes'], in_chans=row['input_size'][0])
+        rows[f'{parse_name(base).resnet}.{tag}'] = complexity(resnet.eval(), row['input_size'])
     return rows
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 from torchvision.datasets import FashionMNIST
 
-from timm_regnet_rnn.datasets import DATASETS, dataset_name, labels_of
+from timm_regnet_rnn.datasets import DATASETS, class_folders, dataset_name, labels_of, labels_of_folders
 
 
 @pytest.mark.parametrize('key', DATASETS)
@@ -32,6 +32,15 @@ def test_labels_are_torchvisions():
     cifar10 = ['airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck']
     assert [*labels_of('CIFAR-10')] == [*labels_of('CIFAR-10, JPEG q75 mirror')] == cifar10
     assert labels_of('CIFAR-100') == labels_of('mine') == labels_of('cifar10') == labels_of('') == ()
+
+
+def test_folders_of_a_data_set_have_its_labels():
+    """Prepared folders sort by number; the labels are the data set's own words. Other folders are their names."""
+    for dataset in DATASETS.values():
+        folders = class_folders(dataset.labels) if dataset.labels else ['a', 'b']
+        assert folders == sorted(folders) and [*labels_of_folders(folders)] == [*(dataset.labels or folders)]
+    assert class_folders(labels_of('Fashion-MNIST'))[::9] == ['0_t-shirt', '9_ankle_boot']
+    assert labels_of_folders(['0_t-shirt', '1_trouser']) == ['0_t-shirt', '1_trouser'] and labels_of_folders([]) == []
 
 
 @pytest.mark.parametrize(

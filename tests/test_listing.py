@@ -123,6 +123,10 @@ def test_costs_by_hand():
     assert tiny['params'] == 311_450 + 90 * 65 and tiny['macs'] == 49_316_480 + 90 * 64
     assert tiny['params_cost'] == pytest.approx(100 * ((311_450 + 5850) / (272_474 + 5850) - 1), abs=0.005)
     assert row['regnet_convlstm_50']['params_cost'] == pytest.approx(100 * (28_133_160 / 25_557_032 - 1), abs=0.005)
+    grey = row['regnet_convgru_20.fashion_mnist']  # both nets at 1x28x28: a stem of one channel, maps of 28, 14 and 7
+    assert grey['input_size'] == [1, 28, 28] and grey['macs'] == 36_807_872
+    assert grey['params_cost'] == pytest.approx(100 * ((310_106 - 288) / (272_474 - 288) - 1), abs=0.005)
+    assert grey['macs_cost'] == pytest.approx(100 * (36_807_872 / 31_021_952 - 1), abs=0.005)
     # a gate is PW and DW: one layer of 16, 32 and 64 channels per block, beside the fuse convolution
     more = sum(3 * width * side**2 * (1 + 2 * 4) for width, side in ((16, 32), (32, 16), (64, 8)))
     assert row['regnet_convlstm_20']['activations'] - row['cifar_resnet_20']['activations'] == more
@@ -200,7 +204,8 @@ def test_csv_and_markdown():
     read = list(csv.DictReader(csv_table(rows).splitlines()))
     assert [row['name'] + ('.' if row['tag'] else '') + row['tag'] for row in read] == [full_name(row) for row in rows]
     assert [int(row['params']) for row in read] == [row['params'] for row in rows]
-    assert {row['input_size'] for row in read} == {'3x32x32'}
+    sizes = {row['input_size']: row['tag'] for row in read}
+    assert sizes.keys() == {'3x32x32', '1x28x28'} and sizes['1x28x28'] == 'fashion_mnist'
     text = markdown_tables([ROW, *list_rows('regnet_convlstm_50')])
     assert re.findall('### (.*)', text) == ['Images of 8x8', 'Images of 224x224']
     tables = [line for line in text.splitlines() if line.startswith('|')]

@@ -4,9 +4,9 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
-__all__ = ['DATASETS', 'Dataset', 'dataset_name', 'labels_of']
+__all__ = ['DATASETS', 'Dataset', 'class_folders', 'dataset_name', 'labels_of', 'labels_of_folders']
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,19 @@ def labels_of(name: str) -> Tuple[str, ...]:
     """The labels of a data set by the name that tables give it, () where they are not known."""
     name = re.sub(HELD_OUT.replace('{:,}', r'[\d,]+') + '$', '', name)
     return next((dataset.labels for dataset in DATASETS.values() if dataset.name == name), ())
+
+
+def class_folders(classes: Sequence[str]) -> List[str]:
+    """Folder names that sort, as train.py numbers its labels, in the order of `classes`: with numbers if need be."""
+    names = [name.split('/')[0].lower().replace(' ', '_') for name in classes]
+    width = len(str(len(names) - 1))
+    return names if names == sorted(names) else [f'{i:0{width}d}_{name}' for i, name in enumerate(names)]
+
+
+def labels_of_folders(folders: Sequence[str]) -> Sequence[str]:
+    """The labels of the data set that `class_folders` named its folders for; the folders' names if it is none here."""
+    known = (dataset.labels for dataset in DATASETS.values() if dataset.labels)
+    return next((labels for labels in known if class_folders(labels) == list(folders)), folders)
 
 
 def dataset_name(settings: Dict[str, Any]) -> Tuple[str, str]:

@@ -87,9 +87,11 @@ def class_names(model: Model) -> List[str]:
 
 
 def _readable(names: Sequence[str]) -> List[str]:
-    """Names of classes; where all are WordNet's numbers of nouns, as in ImageNet's folders, the nouns."""
+    """Names of classes from those of folders; WordNet's numbers of nouns, as in ImageNet's, become the nouns."""
+    from .datasets import labels_of_folders
+
     if not all(re.fullmatch(r'n\d{8}', name) for name in names):
-        return list(names)
+        return list(labels_of_folders(names))
     info = ImageNetInfo('imagenet-22k')
     known = set(info.label_names())
     return [info.label_name_to_description(name).split(',')[0] if name in known else name for name in names]

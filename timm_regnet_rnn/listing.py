@@ -64,9 +64,9 @@ def _row(name: str, tag: str, groups: 'Groups') -> Dict[str, Any]:
     gains: List[float] = []
     if parse_name(name).cell:
         row['resnet'] = parse_name(name).resnet
-        for size in SIZES:  # the classifier is the same in both
-            more = COMPLEXITY[name][size] - COMPLEXITY[row['resnet']][size]
-            costs[f'{size}_cost'] = round(100 * more / (sizes[size] - more), 2)
+        base = COMPLEXITY.get(f'{row["resnet"]}.{tag}', COMPLEXITY[row['resnet']])  # the same images and classes
+        for size in SIZES:
+            costs[f'{size}_cost'] = round(100 * (sizes[size] / base[size] - 1), 2)
         gains = _gain(released.get('run'), groups)
     points = round(mean(gains), 2) if gains else None
     deviation = round(stdev(gains), 2) if len(gains) > 1 else None

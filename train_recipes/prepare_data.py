@@ -39,6 +39,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, CIFAR100, FashionMNIST
 from torchvision.datasets.utils import download_url
 
+from timm_regnet_rnn.datasets import class_folders
 from timm_regnet_rnn.errors import EXPECTED, Parser, UsageError, one_line, run_command
 
 
@@ -146,13 +147,6 @@ def png(image: Image.Image, mean: Tuple[int, ...], pad: int) -> bytes:
     buffer = io.BytesIO()
     padded.save(buffer, 'png', compress_level=1)
     return buffer.getvalue()
-
-
-def class_folders(classes: Sequence[str]) -> List[str]:
-    """Folder names that sort, as train.py numbers its labels, in the order of `classes`: with numbers if need be."""
-    names = [name.split('/')[0].lower().replace(' ', '_') for name in classes]
-    width = len(str(len(names) - 1))
-    return names if names == sorted(names) else [f'{i:0{width}d}_{name}' for i, name in enumerate(names)]
 
 
 def write(path: Path, data: bytes):
