@@ -38,8 +38,8 @@ def test_pretrained_cfg_says_what_was_measured(name):
 
 @pytest.mark.parametrize('name', EMBEDDED)
 def test_loads_without_network_and_adapts(name):
-    x = torch.randn(2, 3, 32, 32)
     model = timm.create_model(name, pretrained=True).eval()
+    x = torch.randn(2, *model.pretrained_cfg['input_size'])
     with torch.no_grad():
         torch.testing.assert_close(reparameterize_model(model)(x), model(x), rtol=1e-4, atol=1e-4)
         adapted = timm.create_model(name, pretrained=True, num_classes=3, in_chans=1)
