@@ -213,6 +213,10 @@ def test_fuse_convolution_of_other_layouts_and_numbers(name):
         tensors[which] = tensors[which].contiguous()
     tensors[8] = tensors[8].t().contiguous().t()
     check_fusing(name, tensors)
+    with torch.autocast('cpu', torch.bfloat16):  # which the op itself does not follow
+        check_fusing(name, tensors)
+        tensors[1][1, 3, 1, 2] = 1e30
+        check_fusing(name, tensors)
 
 
 @needs_compiler

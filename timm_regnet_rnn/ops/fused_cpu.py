@@ -255,7 +255,8 @@ def forward_fuse(
         raise ValueError(f'what the step writes to must be {tuple(x.shape)} in channels_last.')
     strips = fuse_weight.unflatten(0, (-1, LANES)).transpose(1, 2)
     if not _forward(cell, tensors, outs, (_channels_last(main), _contiguous(strips), _contiguous(fuse_bias), y)):
-        y.copy_(reference.fuse_relu(main, outs[0], fuse_weight, fuse_bias))
+        with torch.autocast('cpu', enabled=False):
+            y.copy_(reference.fuse_relu(main, outs[0], fuse_weight, fuse_bias))
 
 
 def _forward(
