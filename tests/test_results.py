@@ -444,6 +444,30 @@ def test_plots_depend_on_rows_alone(project):
     assert [a == b for a, b in zip(plots(), first)] == [False, False, False, True]  # made of other rows
 
 
+def test_two_epochs_are_no_curve(project):
+    two = dict(dataset='Fashion-MNIST', overrides='--epochs 2', epochs=2, best_epoch=1)
+    project.write(*ALL[:2], row('cifar_resnet_20', 80.0, **two))
+    assert project.call('--plots', project.plots) == 0, project.err
+    curves = [path.name for path in project.plots.iterdir() if 'curves' in path.name]
+    assert curves == ['curves_cifar_10_jpeg_q75_mirror.svg'] and 'Fashion-MNIST' in project.readme.read_text()
+
+
+def test_exits_have_a_panel_per_data_set(project):
+    """Weights of one set share it, released or not; their names need a tag only where there are several."""
+    names = ['cifar_resnet_20.tiny100_32', 'regnet_convgru_20.tiny100_32', 'regnet_convlstm_20.x']
+    names += ['regnet_convlstm_20.cifar10_jpeg75', 'regnet_convlstm_20.cifar10_jpeg75_e4']
+    exits = [dict(zip(results.EARLY_EXIT, [name, '100', '40.1', '60.2', '83.9', '0.31'])) for name in names]
+    figure = Figure()
+    results.draw_exits(figure, exits)
+    found = {axes.get_title(): [line.get_label() for line in axes.lines] for axes in figure.axes}
+    assert found == {
+        'Tiny-ImageNet, first 100 classes, 32x32': ['cifar_resnet_20', 'regnet_convgru_20'],
+        'x': ['regnet_convlstm_20'],
+        'CIFAR-10, JPEG q75 mirror': names[3:],
+    }
+    assert len({line.get_color() for line in figure.axes[2].lines}) == 2
+
+
 MODELS = START.replace('results:', 'models:'), END.replace('results', 'models')
 
 

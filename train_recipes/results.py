@@ -37,6 +37,7 @@ from timm_regnet_rnn.results import (
     table,
     traits,
 )
+from timm_regnet_rnn.weights.manifest import RELEASED
 
 HOME = Path(__file__).resolve().parent
 START, END = '<!-- {}: made by train_recipes/results.py from results.csv -->', '<!-- end of {} -->'
@@ -118,6 +119,15 @@ def title(group, width):
     return '\n'.join([group[0], *textwrap.wrap(words, width, break_on_hyphens=False)])
 
 
+def with_curves(groups):
+    """The data sets that have learning curves, and their tables: of three epochs and more, fewer are no curve."""
+    found = defaultdict(dict)
+    for group, rows in groups.items():
+        if group[2] > 2:
+            found[group[0]][group] = rows
+    return found
+
+
 def draw_curves(figure, groups, curves):
     """Loss and accuracy by epoch on one data set; a strip per table, seeds as thin lines, their mean a thick one."""
     figure.set_size_inches(10, 3.6 * len(groups) + 0.8)
@@ -151,17 +161,24 @@ def draw_curves(figure, groups, curves):
 
 
 def draw_exits(figure, exits):
-    """Top-1 of the trained classifier behind each of the last blocks; one line per weights."""
-    figure.set_size_inches(5, 3.4)
-    axes = figure.add_subplot()
+    """Top-1 of the trained classifier behind each of the last blocks; a panel per data set, one line per weights."""
+    panels = defaultdict(list)
     for row in exits:
-        colours = list(STYLES.values())[traits(row['weights'])[2]][3]
-        used = sum(line.get_color() in colours for line in axes.lines)
-        tops = [(x, float(row[name])) for x, name in enumerate(EARLY_EXIT[2:5]) if row[name]]
-        axes.plot(*zip(*tops), 'o-', ms=3, lw=1.2, color=colours[used % len(colours)], label=row['weights'])
-    axes.set_xticks(range(3), ['last but two', 'last but one', 'last'])
-    axes.set(xlabel='classifier behind block', ylabel='top-1 on the test split (%)')
-    figure.legend(loc='outside lower center', ncols=2, fontsize=7)
+        name, _, tag = row['weights'].partition('.')
+        panels[RELEASED.get(row['weights'], {}).get('dataset') or tag].append((name, tag, row))
+    figure.set_size_inches(4.4 * len(panels), 3.8)
+    for axes, (dataset, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        tags = {tag for _, tag, _ in rows}
+        for name, tag, row in rows:
+            colours = list(STYLES.values())[traits(name)[2]][3]
+            used = sum(line.get_color() in colours for line in axes.lines)
+            tops = [(x, float(row[column])) for x, column in enumerate(EARLY_EXIT[2:5]) if row[column]]
+            style = dict(ms=3, lw=1.2, color=colours[used % len(colours)])
+            axes.plot(*zip(*tops), 'o-', **style, label=name if len(tags) == 1 else f'{name}.{tag}')
+        axes.set_xticks(range(3), ['last but two', 'last but one', 'last'])
+        axes.set(xlabel='classifier behind block', ylabel='top-1 on the test split (%)')
+        axes.set_title('\n'.join(textwrap.wrap(dataset, 50)))
+        axes.legend(loc='lower right', fontsize=6.5)
 
 
 def draw_models(figure, rows):
@@ -224,8 +241,7 @@ def draw(groups, curves, made_from='', exits=(), models=()):
         accuracy_params=lambda figure: draw_accuracy(figure, groups, 'params', 1e6, 'parameters (millions)'),
         accuracy_macs=lambda figure: draw_accuracy(figure, groups, 'macs', 1e9, 'multiply-adds (billions)'),
     )
-    for dataset in dict.fromkeys(group[0] for group in groups):
-        there = {group: rows for group, rows in groups.items() if group[0] == dataset}
+    for dataset, there in with_curves(groups).items():
         plots[f'curves_{slug(dataset)}'] = partial(draw_curves, groups=there, curves=curves)
     if exits:
         plots['early_exit'] = partial(draw_exits, exits=exits)
