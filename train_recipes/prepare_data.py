@@ -114,11 +114,12 @@ def members(archive: bytes, root: Path) -> Iterator[Tuple[PurePosixPath, bytes]]
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar:
             path = PurePosixPath(member.name)
-            # stricter than the filter, which takes links that stay inside and makes a of /a, but knows Windows' names
+            # stricter than tarfile's filter, which takes links that stay inside and makes a of /a, and which Python has
+            # since 3.10.12 and 3.11.4 only; where it is Windows' the name is read as Windows reads it
             plain = member.isdir() or (member.isfile() and path.parts)
-            if path.is_absolute() or '..' in path.parts or not plain:
+            inside = (root / member.name).resolve().is_relative_to(root.resolve())
+            if path.is_absolute() or '..' in path.parts or not plain or not inside:
                 raise UsageError(f'the archive holds {member.name!r}, which leaves it or is no plain file.')
-            tarfile.data_filter(member, str(root))
             if member.isfile():
                 yield path, tar.extractfile(member).read()
 
