@@ -10,10 +10,12 @@ import difflib
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, NoReturn, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NoReturn, Sequence, Tuple, Type
 
 __all__ = ['EXPECTED', 'KeyValues', 'Parser', 'UsageError', 'did_you_mean', 'one_line', 'report', 'run_command']
 
@@ -135,6 +137,30 @@ def _logged(prog: str) -> Iterator[None]:
         logger.setLevel(level)
 
 
+class _Interrupted(KeyboardInterrupt):
+    """Ctrl-C: a class of its own, because of a plain KeyboardInterrupt that passed an `exec` Python dies at its exit."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[List[int]]:
+    """Raise _Interrupted at Ctrl-C, and list its signals: a library may have made another error of it, or none."""
+    seen: List[int] = []
+
+    def interrupt(number: int, _: Any) -> NoReturn:
+        seen.append(number)
+        raise _Interrupted
+
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield seen
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def run_command(
     prog: str,
     function: Callable[[], int],
@@ -152,17 +178,20 @@ def run_command(
     Returns:
         The exit status: the function's, 2 after an error, 130 after Ctrl-C, 0 where the reader of a pipe has gone.
     """
-    try:
-        with _logged(prog):
-            status = function()
-            sys.stdout.flush()  # or a reader that has gone is noticed by Python alone, when it exits
-            return status
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        report(prog, 'stopped.')
-        return 130
-    except expected as e:
-        report(prog, explain(e))
-        return 2
+    with _interruptible() as interrupts:
+        try:
+            with _logged(prog):
+                status = function()
+                sys.stdout.flush()  # or a reader that has gone is noticed by Python alone, when it exits
+                return status
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except BaseException as e:
+            if interrupts or isinstance(e, KeyboardInterrupt):
+                report(prog, 'stopped.')
+                return 130
+            if not isinstance(e, expected):
+                raise
+            report(prog, explain(e))
+            return 2
