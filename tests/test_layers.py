@@ -77,7 +77,7 @@ def test_norms_keep_their_statistics(monkeypatch):
         model.zero_grad()
         model.eval()(x).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert scaled_error(*gradients) < 1e-4 and calls == {'training': 24, 'eval': 0, 'fuse': 0}
+    assert scaled_error(*gradients) < 1e-4 and calls == {'training': 24, 'step': 8, 'eval': 0, 'fuse': 0}
 
 
 @needs_compiler
@@ -102,7 +102,7 @@ def test_norms_that_are_left_to_torch(monkeypatch):
         net(x)
         with torch.no_grad():
             net.eval()(x)
-    assert calls == {'training': 34, 'eval': 3, 'fuse': 3}
+    assert calls == {'training': 34, 'step': 10, 'eval': 3, 'fuse': 3}
     for change in (  # what timm has between a norm and its activation
         lambda block: block.drop_block.register_forward_hook(lambda module, args, out: seen.append(out.shape)),
         lambda block: setattr(block, 'drop_block', nn.Dropout(0.5)),
@@ -188,6 +188,43 @@ def test_a_step_takes_the_norm_only_where_it_is_the_same():
             hook.remove()
         assert layers.norm_in_step(cell, norm, act, x) == takes
     assert not layers.norm_in_step(cell, norm, act, x)
+
+
+def test_a_cell_is_its_step_only_where_nothing_else_would_be_called(monkeypatch):
+    """Not where a tool has put something around it: a subclass, a wrapper, another forward, a hook."""
+
+    class Louder(CELLS['convlstm']):
+        def forward(self, *args, **kwargs):
+            return tuple(2 * t for t in super().forward(*args, **kwargs))
+
+    cell = CELLS['convlstm'](16)
+    assert layers.is_step(cell) and not layers.is_step(Louder(16)) and not layers.is_step(torch.compile(cell))
+    with monkeypatch.context() as patch:
+        patch.setattr(cell, 'forward', cell.forward, raising=False)
+        assert not layers.is_step(cell)
+    hook = cell.register_forward_pre_hook(lambda *_: None)
+    assert not layers.is_step(cell)
+    hook.remove()
+    assert layers.is_step(cell)
+
+
+@needs_compiler
+@pytest.mark.parametrize('training', [True, False])
+def test_a_replaced_forward_is_called(training):
+    """As accelerate, and whoever patches an instance, leave it; the numbers are the patched net's."""
+    net, x = small()
+    net.train(training)
+    for name, module in (('bn_h', net.layer1[0]), ('act_h', net.layer1[1]), ('regulator', net.layer1)):
+        called, forward = [], getattr(module, name).forward
+
+        def patched(*args, called=called, forward=forward):
+            called.append(1)
+            return forward(*args)
+
+        getattr(module, name).forward = patched
+        with torch.no_grad():
+            net(x)
+        assert len(called) == (2 if name == 'regulator' else 1), name
 
 
 def test_a_step_takes_the_fuse_convolution_only_where_it_is_the_same():

@@ -65,12 +65,12 @@ def specified(name):
     return step
 
 
-def check(name, tensors, step=None):
-    """The fused step against the float64 reference; c counts where the cell has one."""
+def check(name, tensors, step=None, truth=None):
+    """A fused step against the float64 reference; c counts where the cell has one."""
     only_h = NAMES[name] < 4
     twins = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     outs, grads = run(step or fused.STEPS[name], tensors, only_h)
-    true_outs, true_grads = run(specified(name), twins, only_h)
+    true_outs, true_grads = run(truth or specified(name), twins, only_h)
     assert len(grads) == len(true_grads)
     for got, want in zip([*outs[: 1 + (not only_h)], *grads], [*true_outs[: 1 + (not only_h)], *true_grads]):
         assert got.shape == want.shape and scaled_error(got.double(), want) < 1e-5
@@ -159,6 +159,112 @@ def test_norm_in_the_step(name, shape):
     with torch.no_grad():
         check_only = [None if t is None else t.detach() for t in inputs(name, shape, False) + norm]
         torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, name).default, tuple(check_only))
+
+
+def normed(step):
+    """(x, h, c, weight, bias, norm's weight and bias) -> (ReLU(BN(h')), c'), by the op or by the specification."""
+    return lambda *tensors: ops.step_batch_norm_relu(step, tensors[:5], *tensors[5:], 1e-5)[:2]
+
+
+def specified_norm(name):
+    def step(x, h, c, weight, bias, norm_weight, norm_bias):
+        h, c = getattr(reference, f'{name}_step')(x, h, c, weight, bias)
+        return reference.batch_norm_relu(h, norm_weight, norm_bias, 1e-5)[0], c
+
+    return step
+
+
+def normed_inputs(name, shape, state, seed=0):
+    tensors = inputs(name, shape, state, seed=seed)
+    return [*tensors, torch.rand(shape[1]).add(0.5).requires_grad_(), torch.randn(shape[1], requires_grad=True)]
+
+
+@needs_compiler
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('shape', [*SHAPES[:1], *SHAPES[2:], (5, 32, 9, 40)])  # the last: rows longer than a chunk
+@pytest.mark.parametrize('name', NAMES)
+def test_batch_norm_in_the_step(name, shape, threads):
+    """Training mode: outputs, statistics and every gradient."""
+    before, step = torch.get_num_threads(), getattr(ops, f'{name}_step')
+    torch.set_num_threads(threads)
+    try:
+        for state in (False, True):
+            tensors = normed_inputs(name, shape, state)
+            check(name, tensors, normed(step), specified_norm(name))
+            _, _, mean, var = ops.step_batch_norm_relu(step, tensors[:5], *tensors[5:], 1e-5)
+            assert not mean.requires_grad and not var.requires_grad
+            raw, _ = specified(name)(*(None if t is None else t.detach().double() for t in tensors[:5]))
+            torch.testing.assert_close(mean.double(), raw.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(var.double(), raw.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-7)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_batch_norm_in_the_step_of_other_layouts_numbers_and_uses(name):
+    step = getattr(ops, f'{name}_step')
+    tensors = normed_inputs(name, (2, 16, 3, 5), True)
+    for i in (0, 1):
+        strided = [*tensors[:i], tensors[i].detach().contiguous().requires_grad_(), *tensors[i + 1 :]]
+        check(name, strided, normed(step), specified_norm(name))
+    saturated = [t if t is None else (t * 1e4).detach().requires_grad_() for t in tensors[:5]] + tensors[5:]
+    outs, grads = run(normed(step), saturated, NAMES[name] < 4)
+    assert all(t.isfinite().all() for t in (outs[0], *grads))
+    for i in (0, 1, 3, 5):  # beyond what the kernels take: the separate ops' numbers
+        for value in (float('nan'), float('inf'), 1e30):
+            far = [t if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+            far[i][(0,) * far[i].ndim] = value
+            far = [t if t is None else t.requires_grad_() for t in far]
+
+            def apart(x, h, c, weight, bias, norm_weight, norm_bias):
+                h, c = fused.STEPS[name](x, h, c, weight, bias)
+                return fused.batch_norm_relu(h, norm_weight, norm_bias, 1e-5)[0], c
+
+            want, got = (run(f, far, NAMES[name] < 4) for f in (apart, normed(step)))
+            for a, b in zip([*want[0], *want[1]], [*got[0], *got[1]]):
+                if a is not None:
+                    torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4 * max(1.0, finite_scale(a)), equal_nan=True)
+    if name == 'conv_lstm':  # c' alone is used
+        c = [f(*tensors)[1] for f in (normed(step), specified_norm(name))]
+        grads = [torch.autograd.grad(t.square().sum(), tensors[:5]) for t in c]
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize('state', [False, True])
+@pytest.mark.parametrize('name', NAMES)
+def test_torch_knows_the_op_with_batch_norm(name, state):
+    tensors = normed_inputs(name, (2, 16, 3, 5), state)
+    torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, f'{name}_norm').default, (*tensors, 1e-5))
+    twins = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    found = []
+    for step, taken in ((normed(getattr(ops, f'{name}_step')), tensors), (specified_norm(name), twins)):
+        wanted = [t for t in taken if t is not None]
+        (grad,) = torch.autograd.grad(step(*taken)[0].square().sum(), taken[0], create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), wanted))
+    for ours, theirs in zip(*found):
+        assert scaled_error(ours.double(), theirs) < 1e-3
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_wrong_shapes_and_types_of_the_op_with_batch_norm_are_refused(name):
+    good = [None if t is None else t.detach() for t in normed_inputs(name, (2, 16, 4, 4), True)]
+    op = getattr(torch.ops.timm_regnet_rnn, f'{name}_norm')
+    for i in (0, 1, 3, 4, 5, 6):
+        for bad in (good[i][..., :1], good[i].double()):
+            with torch.no_grad(), pytest.raises(ValueError, match='must be|takes float32'):
+                op(*good[:i], bad, *good[i + 1 :], 1e-5)
+        with torch.no_grad(), pytest.raises((ValueError, RuntimeError, NotImplementedError), match='device|meta'):
+            op(*good[:i], good[i].to('meta'), *good[i + 1 :], 1e-5)
+    y, raw, mean, var, *_ = op(*good, 1e-5)
+    backward, rest = getattr(torch.ops.timm_regnet_rnn, f'{name}_norm_backward'), [raw, mean, var, y]
+    for i in range(4):
+        for bad in (rest[i][:1], rest[i].double()):
+            with pytest.raises(ValueError, match='must be|takes float32'):
+                backward(*good, 1e-5, *rest[:i], bad, *rest[i + 1 :], None)
 
 
 def fusing_inputs(name, shape, state, apart=True):
@@ -365,6 +471,14 @@ def test_wrong_shapes_and_types_are_refused(name):
     ):
         with pytest.raises(ValueError, match='must be|takes float32'):
             fused.STEPS[name](*good[:i], bad, *good[i + 1 :])
+    backward, norm = getattr(torch.ops.timm_regnet_rnn, f'{name}_backward'), [torch.ones(16)] * 2
+    for bad in (good[0][:1], good[0].double()):
+        with pytest.raises(ValueError, match='must be|takes float32'):
+            backward(*good, bad, None)
+        with pytest.raises(ValueError, match='must be|takes float32'):
+            backward(*good, None, bad)
+        with pytest.raises(ValueError, match='must be|takes float32'):
+            torch.ops.timm_regnet_rnn.batch_norm_relu_backward(good[0], *norm, 1e-5, *norm, bad)
 
 
 class Chosen:
@@ -372,8 +486,9 @@ class Chosen:
 
     def __init__(self, monkeypatch):
         self.calls = 0
-        for name, step in fused.STEPS.items():
-            monkeypatch.setitem(fused.STEPS, name, self.counting(step))
+        for steps in (fused.STEPS, fused.NORMED_STEPS):
+            for name, step in steps.items():
+                monkeypatch.setitem(steps, name, self.counting(step))
 
     def counting(self, step):
         def counted(*args):
@@ -437,9 +552,9 @@ def test_a_training_step_is_the_same(cell):
 
 
 def count_norms(monkeypatch):
-    """Counts the calls of what stands for a norm: the op in training, and a step's scale in eval mode; and of steps
-    that go on to the fuse convolution."""
-    calls = {'training': 0, 'eval': 0, 'fuse': 0}
+    """Counts the calls of what stands for a norm: the ops in training, of which some are a step's, and a step's scale
+    in eval mode; and of steps that go on to the fuse convolution."""
+    calls = {'training': 0, 'step': 0, 'eval': 0, 'fuse': 0}
     norm = fused.batch_norm_relu
 
     def counted(*args):
@@ -454,6 +569,14 @@ def count_norms(monkeypatch):
             return step(x, h, c, weight, bias, scale, shift)
 
         monkeypatch.setitem(fused.STEPS, name, counted_step)
+    for name, step in list(fused.NORMED_STEPS.items()):
+
+        def counted_normed(*args, step=step):
+            calls['training'] += 1
+            calls['step'] += 1
+            return step(*args)
+
+        monkeypatch.setitem(fused.NORMED_STEPS, name, counted_normed)
     for name, step in list(fused.FUSING_STEPS.items()):
 
         def counted_fusing(*args, step=step):

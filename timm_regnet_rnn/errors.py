@@ -138,7 +138,7 @@ def _logged(prog: str) -> Iterator[None]:
 
 
 class _Interrupted(KeyboardInterrupt):
-    """Ctrl-C: a class of its own, because of a plain KeyboardInterrupt that passed an `exec` Python dies at its exit."""
+    """Ctrl-C: a class of its own, because Python dies at its exit of a KeyboardInterrupt that has passed an `exec`."""
 
 
 @contextmanager

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, get_act_layer, get_attn, get_norm_layer
 
 from . import ops
+from .conv_rnn import RegulatorCell
 
 __all__ = [
-    *('SampledConv2d', 'check_layers', 'fuse', 'fuse_in_step', 'fuse_kernel', 'listened', 'norm_act', 'norm_in_step'),
-    *('sample_first', 'scale_and_shift'),
+    *('SampledConv2d', 'batch_norm_in_op', 'check_layers', 'fuse', 'fuse_in_step', 'fuse_kernel', 'is_step'),
+    *('listened', 'norm_act', 'norm_in_step', 'sample_first', 'scale_and_shift', 'step_norm_act'),
 ]
 
 WIDEST = 128  # channels for which a step goes on to the fuse convolution
@@ -44,10 +45,16 @@ def sample_first(net: nn.Module) -> None:
 
 
 def listened(*modules: nn.Module) -> bool:
-    """Whether a hook would notice that one of the modules is not called itself."""
+    """Whether a hook, or a forward that is not of its class, would notice that a module is not called itself."""
     if torch.nn.modules.module._has_any_global_hook():
         return True
-    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    hooks = any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules)
+    return hooks or any('forward' in m.__dict__ for m in modules)
+
+
+def is_step(cell: nn.Module) -> bool:
+    """Whether calling a regulator is calling its `step` with its `kernel`, and nothing else."""
+    return type(cell).forward is RegulatorCell.forward and not listened(cell)
 
 
 def is_pointwise(conv: Any) -> bool:
@@ -81,24 +88,52 @@ def norm_act(norm: Any, act: nn.Module, x: torch.Tensor, between: Optional[nn.Mo
         x: Features (B, C, H, W).
         between: timm's drop block, an identity unless it drops.
     """
-    if (
-        not norm.training
-        or torch.compiler.is_compiling()
-        or not is_batch_norm_relu(norm, act)
-        or type(between) not in (type(None), nn.Identity)
-        or not ops.fused_on_cpu(x)
-        or x.numel() <= x.shape[1]
-        or listened(*filter(None, (norm, act, between)))
-    ):
+    called = between is not None and (type(between) is not nn.Identity or listened(between))
+    if called or not batch_norm_in_op(x, norm, act):
         x = norm(x)
         return act(x if between is None else between(x))
     x, mean, var = ops.batch_norm_relu(x, norm.weight, norm.bias, norm.eps)
+    track(norm, mean, var, x)
+    return x
+
+
+def batch_norm_in_op(x: torch.Tensor, norm: Any, act: nn.Module) -> bool:
+    """Whether a batch norm that is trained and ReLU, on features like x, can be part of an op."""
+    return (
+        norm.training
+        and not torch.compiler.is_compiling()
+        and is_batch_norm_relu(norm, act)
+        and ops.fused_on_cpu(x)
+        and x.numel() > x.shape[1]
+        and not listened(norm, act)
+    )
+
+
+def track(norm: Any, mean: torch.Tensor, var: torch.Tensor, x: torch.Tensor) -> None:
+    """Move a batch norm's statistics by the mean and (biased) variance of features (B, C, H, W)."""
     values = x.numel() // x.shape[1]
     with torch.no_grad():
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean, norm.momentum)
         norm.running_var.lerp_(var * (values / (values - 1)), norm.momentum)
-    return x
+
+
+def step_norm_act(
+    cell: Any, norm: Any, *tensors: Optional[torch.Tensor]
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """A step and ReLU(BN(h')) in training mode as one op, where `is_step` and `batch_norm_in_op` allow it.
+
+    Args:
+        cell: The regulator.
+        norm: The norm of h.
+        tensors: x, h, c, and the folded kernel's weight and bias.
+
+    Returns:
+        ReLU(BN(h')) and c'.
+    """
+    h, c, mean, var = ops.step_batch_norm_relu(cell.step, tensors, norm.weight, norm.bias, norm.eps)
+    track(norm, mean, var, h)
+    return h, c
 
 
 def no_grad_on_cpu(x: torch.Tensor) -> bool:
@@ -112,7 +147,7 @@ def norm_in_step(cell: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tens
     Under torch.compile as well, which fuses nothing into the step.
     """
     fusable = not norm.training and is_batch_norm_relu(norm, act) and not torch.is_grad_enabled()
-    return fusable and ops.fused_on_cpu(x) and not listened(cell, norm, act)
+    return fusable and ops.fused_on_cpu(x) and is_step(cell) and not listened(norm, act)
 
 
 def fuse_in_step(conv: Any, norm: nn.Module, act: nn.Module, x: torch.Tensor, main: torch.Tensor) -> bool:

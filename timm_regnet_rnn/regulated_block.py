@@ -14,7 +14,17 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 from . import ops
 from .conv_rnn import CELLS, RegulatorCell
-from .layers import fuse, fuse_in_step, fuse_kernel, norm_act, norm_in_step, scale_and_shift
+from .layers import (
+    batch_norm_in_op,
+    fuse,
+    fuse_in_step,
+    fuse_kernel,
+    is_step,
+    norm_act,
+    norm_in_step,
+    scale_and_shift,
+    step_norm_act,
+)
 from .reparameterize import fold_norm, fold_sequential
 
 __all__ = ['BLOCKS', 'RegulatedBasicBlock', 'RegulatedBottleneck', 'TimeStep']
@@ -72,6 +82,10 @@ class TimeStep:
         self.regulator, self.h, self.c, self.weight, self.bias = regulator, h, c, weight, bias
         self.next: Tuple[Optional[torch.Tensor], Optional[torch.Tensor]] = (None, None)
         self.recorded = True
+
+    def kernel(self, cell: RegulatorCell) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The folded kernel's weight (G, N, 2, 3, 3) and bias (G, N), of the stage or else of the cell."""
+        return cell.kernel() if self.weight is None or self.bias is None else (self.weight, self.bias)
 
 
 class _Regulated(_Foldable):
@@ -149,21 +163,20 @@ class _Regulated(_Foldable):
                 f'{type(self).__name__} shares the regulator of its stage: call the stage, or a slice of it.'
             )
         main, read = self.enter(x)
-        normed = self.carry_norm and norm_in_step(cell, self.bn_h, self.act_h, read)
-        if normed:
-            weight, bias = step.weight, step.bias
-            if weight is None or bias is None:
-                weight, bias = cell.kernel()
-            tensors = read, step.h, step.c, weight, bias, *scale_and_shift(self.bn_h)
+        if self.carry_norm and norm_in_step(cell, self.bn_h, self.act_h, read):
+            tensors = read, step.h, step.c, *step.kernel(cell), *scale_and_shift(self.bn_h)
             if fuse_in_step(self.conv_fuse, self.bn_fuse, self.act_fuse, read, main):
                 kernel = fuse_kernel(self.conv_fuse, self.bn_fuse)
                 h, c, main = ops.step_norm_fuse(cell.step, tensors, main, *kernel)
             else:
                 raw, c = ops.step_norm_relu(cell.step, *tensors)
-                main, h = self.fuse_state(main, raw, normed)
+                main, h = self.fuse_state(main, raw, normed=True)
+        elif self.carry_norm and batch_norm_in_op(read, self.bn_h, self.act_h) and is_step(cell):
+            raw, c = step_norm_act(cell, self.bn_h, read, step.h, step.c, *step.kernel(cell))
+            main, h = self.fuse_state(main, raw, normed=True)
         else:
             raw, c = cell(read, step.h, step.c, step.weight, step.bias)
-            main, h = self.fuse_state(main, raw, normed)
+            main, h = self.fuse_state(main, raw)
         out = self.leave(x, main)
         step.next, step.recorded = (h, c), torch.is_grad_enabled()
         return out
@@ -188,7 +201,8 @@ class _Regulated(_Foldable):
             main = self.act_fuse(self.bn_fuse(self.conv_fuse(torch.cat([main, h], 1))))
         else:
             h = raw if normed else norm_act(self.bn_h, self.act_h, raw)
-            main = norm_act(self.bn_fuse, self.act_fuse, fuse(self.conv_fuse, main, h, normed))
+            main = fuse(self.conv_fuse, main, h, normed and not self.bn_h.training)
+            main = norm_act(self.bn_fuse, self.act_fuse, main)
         return main, h if self.carry_norm else raw
 
     def join(self, x: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:

@@ -28,6 +28,7 @@ __all__ = [
     'chosen_ops',
     'fused_on_cpu',
     'set_ops',
+    'step_batch_norm_relu',
     'step_norm_fuse',
     'step_norm_relu',
     'use',
@@ -183,6 +184,23 @@ def batch_norm_relu(
 
         return fused.batch_norm_relu(x, weight, bias, eps)
     return reference.batch_norm_relu(x, weight, bias, eps)
+
+
+def step_batch_norm_relu(
+    step: Callable[..., State],
+    tensors: Sequence[Optional[torch.Tensor]],
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """A step of its five tensors, then `batch_norm_relu` of h', for what `fused_on_cpu` takes.
+
+    Returns:
+        ReLU(BN(h')), c', and the mean and (biased) variance of h', (N,), without gradients.
+    """
+    from . import fused
+
+    return fused.NORMED_STEPS[step.__name__.removesuffix('_step')](*tensors, weight, bias, eps)
 
 
 def step_norm_relu(

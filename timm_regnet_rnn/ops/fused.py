@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 
-__all__ = ['FUSING_STEPS', 'STEPS', 'batch_norm_relu', 'unavailable']
+__all__ = ['FUSING_STEPS', 'NORMED_STEPS', 'STEPS', 'batch_norm_relu', 'unavailable']
 
 KERNELS = {'cpu': 'fused_cpu', 'cuda': 'fused_cuda'}  # device type -> module of this package
 GATES = {'conv_rnn': 1, 'conv_gru': 3, 'conv_lstm': 4}
@@ -66,6 +66,14 @@ def check(cell: str, x: Tensor, h: Maybe, c: Maybe, weight: Tensor, bias: Tensor
             f'x, h, c must be (B, N, H, W), {multiple}weight ({gates}, N, 2, 3, 3), bias ({gates}, N); got {shapes}.'
         )
     check_devices(x, h, c, weight, bias)
+
+
+def check_maps(x: Tensor, *maps: Maybe) -> None:
+    """Raise ValueError unless the maps, where given, are of x's shape, and on its device."""
+    for t in maps:
+        if t is not None and t.shape != x.shape:
+            raise ValueError(f'what belongs to x {tuple(x.shape)} must be of its shape, got {tuple(t.shape)}.')
+    check_devices(x, *maps)
 
 
 def check_devices(*tensors: Maybe) -> None:
@@ -285,3 +293,97 @@ _batch_norm_relu.register_autograd(_differentiate_norm, setup_context=_setup_nor
 def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tuple[Tensor, Tensor, Tensor]:
     """ReLU(BN(x)) in training mode, and the mean and (biased) variance of x, (N,), without gradients."""
     return _batch_norm_relu(x, weight, bias, eps)
+
+
+def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, Maybe, Tensor, Tensor]]:
+    """The ops `{cell}_norm` and `{cell}_norm_backward`, for training on the CPU: a step and its norm in training mode.
+
+    The first returns ReLU(BN(h')), and h', its mean and variance for backward, and c'.
+    """
+    has_c = cell == 'conv_lstm'
+
+    def forward(
+        x: Tensor,
+        h: Optional[Tensor],
+        c: Optional[Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+    ) -> List[Tensor]:
+        return kernels('cpu').forward_norm(cell, x, h, c, weight, bias, norm_weight, norm_bias, eps)
+
+    def backward(
+        x: Tensor,
+        h: Optional[Tensor],
+        c: Optional[Tensor],
+        weight: Tensor,
+        bias: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        raw: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        dy: Tensor,
+        dc_out: Optional[Tensor],
+    ) -> List[Tensor]:
+        tensors = x, h, c, weight, bias, norm_weight, norm_bias
+        return kernels('cpu').backward_norm(cell, tensors, eps, raw, mean, var, dy, dc_out)
+
+    name = f'timm_regnet_rnn::{cell}_norm'
+    op = library.custom_op(name, forward, mutates_args=(), device_types='cpu')
+    op_backward = library.custom_op(f'{name}_backward', backward, mutates_args=(), device_types='cpu')
+
+    @op.register_fake
+    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps):
+        check_devices(x, h, c, weight, bias, norm_weight, norm_bias)
+        y, *outs = (kernels('cpu').empty(x) for _ in range(2 + has_c))
+        return [y, outs[0], torch.empty_like(norm_weight), torch.empty_like(norm_weight), *outs[1:]]
+
+    @op_backward.register_fake
+    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps, raw, mean, var, dy, dc_out):
+        check_devices(x, h, c, weight, bias, norm_weight, norm_bias, raw, mean, var, dy, dc_out)
+        dx, *states = (kernels('cpu').empty(t) for t in (x, h, c) if t is not None)
+        return [dx, *(torch.empty_like(t) for t in (weight, bias, norm_weight, norm_bias)), *states]
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.eps = inputs
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:4])
+        ctx.save_for_backward(*tensors, *output[1:4])
+
+    def differentiate(ctx, grads):
+        *tensors, raw, mean, var = ctx.saved_tensors
+        dy, dc_out = grads[0], grads[4] if has_c else None
+        if torch.is_grad_enabled():  # this pass is to be differentiated in its turn
+            with torch.enable_grad():
+                *inputs, norm_weight, norm_bias = tensors
+                out, state = getattr(reference, f'{cell}_step')(*inputs)
+                y = reference.batch_norm_relu(out, norm_weight, norm_bias, ctx.eps)[0]
+                pairs = [(o, g) for o, g in ((y, dy), (state, dc_out)) if g is not None]
+                outs, seeds = zip(*pairs)
+                wanted = [t for t in tensors if t is not None and t.requires_grad]
+                found = iter(torch.autograd.grad(outs, wanted, seeds, create_graph=True, allow_unused=True))
+            return *(next(found) if t is not None and t.requires_grad else None for t in tensors), None
+        dy = torch.zeros_like(raw) if dy is None else dy
+        dx, dweight, dbias, *norm_grads = op_backward(*tensors, ctx.eps, raw, mean, var, dy, dc_out)
+        norm_grads, states = norm_grads[:2], norm_grads[2:]
+        dh, dc = (None if t is None else states.pop(0) for t in tensors[1:3])
+        return dx, dh, dc, dweight, dbias, *norm_grads, None
+
+    op.register_autograd(differentiate, setup_context=setup_context)
+    for packet, passes in ((f'{cell}_norm', 1), (f'{cell}_norm_backward', 2)):
+        register_flop_formula(getattr(torch.ops.timm_regnet_rnn, packet))(partial(_flops, GATES[cell], passes))
+
+    def step(x, h, c, weight, bias, norm_weight, norm_bias, eps):
+        y, _, mean, var, *state = op(x, h, c if has_c else None, weight, bias, norm_weight, norm_bias, eps)
+        return y, state[0] if has_c else c, mean, var
+
+    return step
+
+
+NORMED_STEPS: Dict[str, Callable[..., Tuple[Tensor, Maybe, Tensor, Tensor]]] = {
+    cell: _register_normed(cell) for cell in GATES
+}

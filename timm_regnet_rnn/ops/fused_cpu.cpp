@@ -203,6 +203,7 @@ inline void tiles(int64_t x, int64_t end, Body body) {
 struct Chunk {
     const Shape& s;
     int64_t y, x, rows, columns;
+    int64_t pixels() const { return rows * columns; }
     // body(number, y, x) for every pixel.
     template <class Body>
     void each(Body body) const {
@@ -232,7 +233,7 @@ struct Chunk {
     }
     // 1 + exp(-factor * a) for the a of every pixel, in its place.
     void exponentials(V* a, float factor) const {
-        for (int64_t p = 0; p < rows * columns; p++) a[p] = one_plus_exp_minus(a[p] * factor);
+        for (int64_t p = 0; p < pixels(); p++) a[p] = one_plus_exp_minus(a[p] * factor);
     }
 };
 
@@ -273,11 +274,163 @@ void weight_grad(
     }
 }
 
+// Batch norm of a (rows, channels) matrix by its own statistics, then ReLU, in tiles of rows that fit the cache. A step
+// gives the sums of its h' itself, and takes the gradient of h' from here as it reads it. But for `clear`, functions are
+// called by all threads.
+struct Norm {
+    int64_t rows, channels;
+    double eps;
+    const float *weight, *bias;
+    float *mean, *var;
+    double* room;  // two sums per channel: all of them, and those of each thread
+    float *dweight = nullptr, *dbias = nullptr;
+    static constexpr int64_t TILE_ROWS = 128;
+    typedef double D __attribute__((vector_size(L * 8), aligned(8)));
+
+    // One block of channels: ReLU(x * scale + shift), and 1 / standard deviation.
+    struct Affine {
+        V mean, inverse, scale, shift;
+        V apply(V x) const { return relu(x * scale + shift); }
+        V passed(V x, V dy) const { return x * scale + shift > 0.0f ? dy : V{}; }
+    };
+    Affine affine(int64_t n) const {
+        Affine a;
+        a.mean = load(mean + n);
+        for (int lane = 0; lane < L; lane++) a.inverse[lane] = 1 / std::sqrt(var[n + lane] + eps);
+        a.scale = a.inverse * load(weight + n);
+        a.shift = load(bias + n) - a.mean * a.scale;
+        return a;
+    }
+    // The same block's gradient of x, once `gradients` has those of weight and bias.
+    struct Gradient {
+        Affine a;
+        V slope, constant;
+        V of(V x, V dy) const { return a.passed(x, dy) * a.scale + (x * slope + constant); }
+    };
+    Gradient gradient(int64_t n) const {
+        const Affine a = affine(n);
+        const V slope = a.scale * a.inverse * load(dweight + n) * (-1.0f / rows);
+        return Gradient{a, slope, a.scale * load(dbias + n) * (-1.0f / rows) - slope * a.mean};
+    }
+
+    // body(first element, end, first channel) for every tile and block of channels, shared out to the threads.
+    template <class Body>
+    void tiles(Body body) const {
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r += TILE_ROWS)
+            for (int64_t n = 0; n < channels; n += L)
+                body(r * channels + n, std::min(rows, r + TILE_ROWS) * channels, n);
+    }
+
+    void clear() const { std::memset(room, 0, 2 * channels * sizeof(double)); }
+    // A thread's own sums: of one value per channel, and of another.
+    double* begin() const {
+        double* part = room + (omp_get_thread_num() + 1) * 2 * channels;
+        std::memset(part, 0, 2 * channels * sizeof(double));
+        return part;
+    }
+    void add(double* part, int64_t n, D one, D two) const {
+        *reinterpret_cast<D*>(&part[n]) += one;
+        *reinterpret_cast<D*>(&part[channels + n]) += two;
+    }
+    // The sum of `count` values at(i), and of their squares as those around their mean and the mean's own, which needs a
+    // double.
+    template <class At>
+    void add_moments(double* part, int64_t n, int64_t count, At at) const {
+        V sum{}, squares{};
+        for (int64_t i = 0; i < count; i++) sum += at(i);
+        const V m = sum / static_cast<float>(count);
+        for (int64_t i = 0; i < count; i++) squares += (at(i) - m) * (at(i) - m);
+        const D one = __builtin_convertvector(sum, D);
+        add(part, n, one, __builtin_convertvector(squares, D) + one * one / static_cast<double>(count));
+    }
+    // In the order of the threads, as in a step's `backward`.
+    void collect(const double* part) const {
+#pragma omp for ordered schedule(static, 1)
+        for (int turn = 0; turn < omp_get_num_threads(); turn++) {
+#pragma omp ordered
+            for (int64_t i = 0; i < 2 * channels; i++) room[i] += part[i];
+        }
+    }
+
+    // Collects the moments of x, and writes their mean and variance, and y.
+    void apply(const double* part, const float* x, float* y) const {
+        collect(part);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < channels; n++) {
+            const double m = room[n] / rows;
+            mean[n] = m;
+            var[n] = std::max(room[channels + n] / rows - m * m, 0.0);
+        }
+        tiles([&](int64_t first, int64_t end, int64_t n) {
+            const Affine a = affine(n);
+            for (int64_t i = first; i < end; i += channels) store(y + i, a.apply(load(x + i)));
+        });
+    }
+    // Writes the gradients of weight and bias.
+    void gradients(const float* x, const float* dy, Watch& watch) const {
+        double* part = begin();
+        tiles([&](int64_t first, int64_t end, int64_t n) {
+            const Affine a = affine(n);
+            V s{}, product{};
+            for (int64_t i = first; i < end; i += channels) {
+                watch.see(load(x + i));
+                watch.see(load(dy + i));
+                const V d = a.passed(load(x + i), load(dy + i));
+                s += d;
+                product += d * (load(x + i) - a.mean);
+            }
+            add(part, n, __builtin_convertvector(s, D), __builtin_convertvector(product * a.inverse, D));
+        });
+        collect(part);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < channels; n++) dbias[n] = room[n], dweight[n] = room[channels + n];
+    }
+
+    int forward(const float* x, float* y, int threads) const {
+        clear();
+        bool unusual = false;
+#pragma omp parallel num_threads(threads) reduction(|| : unusual)
+        {
+            Watch watch;
+            double* part = begin();
+            tiles([&](int64_t first, int64_t end, int64_t n) {
+                Watch local;
+                for (int64_t i = first; i < end; i += channels) local.see(load(x + i));
+                watch.seen = local.seen > watch.seen ? local.seen : watch.seen;
+                const int64_t count = (end - first + channels - 1) / channels;
+                add_moments(part, n, count, [&](int64_t i) { return load(x + first + i * channels); });
+            });
+            apply(part, x, y);
+            unusual = unusual || watch.unusual();
+        }
+        return unusual ? UNUSUAL : USUAL;
+    }
+
+    int backward(const float* x, const float* dy, float* dx, int threads) const {
+        clear();
+        bool unusual = false;
+#pragma omp parallel num_threads(threads) reduction(|| : unusual)
+        {
+            Watch watch;
+            gradients(x, dy, watch);
+            tiles([&](int64_t first, int64_t end, int64_t n) {
+                const Gradient g = gradient(n);
+                for (int64_t i = first; i < end; i += channels) store(dx + i, g.of(load(x + i), load(dy + i)));
+            });
+            unusual = unusual || watch.unusual();
+        }
+        return unusual ? UNUSUAL : USUAL;
+    }
+};
+
 // Tensors of a step; h, c, dh_out and dc_out may be null, which is zero, and dh and dc null, which is not wanted. With
-// scale and shift the step ends in ReLU(h' * scale + shift).
+// scale and shift the step ends in ReLU(h' * scale + shift), with a norm in ReLU(norm(h')), whose gradient dh_out is then;
+// backward reads h' again.
 struct Tensors {
     const float *x, *h, *c, *dh_out = nullptr, *dc_out = nullptr, *scale = nullptr, *shift = nullptr;
     float *h_out = nullptr, *c_out = nullptr, *dx = nullptr, *dh = nullptr, *dc = nullptr;
+    const Norm* norm = nullptr;
 };
 
 // What may follow a step: y = ReLU(w [main, h'] + b), a 1x1 convolution over the features and the state, pixel by pixel
@@ -322,6 +475,7 @@ struct Task {
     const float *xs, *hs;
     float* room;
     Watch& watch;
+    double* moments;  // of h', for a norm
     V read(const float* p, int64_t y, int64_t x) const {
         if (!p) return V{};
         V v = load(p + s.pixel(b, n, y, x));
@@ -329,8 +483,23 @@ struct Task {
         return v;
     }
     void write(float* p, int64_t y, int64_t x, V v) const { store(p + s.pixel(b, n, y, x), v); }
-    void write_h(int64_t y, int64_t x, V h) const {
-        write(t.h_out, y, x, t.scale ? relu(h * load(t.scale + n * L) + load(t.shift + n * L)) : h);
+    // h' of a chunk's pixels.
+    void write_h(const Chunk& chunk, const V* h) const {
+        if (moments) t.norm->add_moments(moments, n * L, chunk.pixels(), [&](int64_t p) { return h[p]; });
+        const bool affine = t.scale;
+        const V scale = affine ? load(t.scale + n * L) : V{}, shift = affine ? load(t.shift + n * L) : V{};
+        chunk.each([&](int64_t p, int64_t y, int64_t x) {
+            write(t.h_out, y, x, affine ? relu(h[p] * scale + shift) : h[p]);
+        });
+    }
+    // The gradients of h' of a chunk's pixels.
+    void read_dh(const Chunk& chunk, V* dh) const {
+        if (!t.norm) return chunk.each([&](int64_t p, int64_t y, int64_t x) { dh[p] = read(t.dh_out, y, x); });
+        const Norm::Gradient g = t.norm->gradient(n * L);
+        chunk.each([&](int64_t p, int64_t y, int64_t x) {
+            const int64_t i = s.pixel(b, n, y, x);
+            dh[p] = g.of(load(t.h_out + i), load(t.dh_out + i));
+        });
     }
     const float* state(int64_t y, int64_t x) const { return hs ? hs + s.at(y, x) : nullptr; }
 
@@ -365,17 +534,19 @@ struct RNN {
         chunks(k.s, [&](const Chunk& chunk) {
             V e[G][CHUNK];
             chunk.gates<G>(k.xs, k.hs, w.w, w.b, FACTOR, e);
-            chunk.each([&](int64_t p, int64_t y, int64_t x) { k.write_h(y, x, tanh_(e[0][p])); });
+            for (int64_t p = 0; p < chunk.pixels(); p++) e[0][p] = tanh_(e[0][p]);
+            k.write_h(chunk, e[0]);
         });
     }
     static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
         float* grads = k.room;
         chunks(k.s, [&](const Chunk& chunk) {
-            V e[G][CHUNK];
+            V e[G][CHUNK], dh[CHUNK];
             chunk.gates<G>(k.xs, k.hs, w.w, w.b, FACTOR, e);
+            k.read_dh(chunk, dh);
             chunk.each([&](int64_t p, int64_t y, int64_t x) {
                 V h = tanh_(e[0][p]);
-                store(grads + k.s.at(y, x), k.read(k.t.dh_out, y, x) * (1.0f - h * h));
+                store(grads + k.s.at(y, x), dh[p] * (1.0f - h * h));
             });
         });
         k.input_grads<G, G>(w, grads, nullptr);
@@ -410,8 +581,9 @@ struct GRU {
             chunk.gates<1>(k.xs, k.hs ? rh : nullptr, w.w + CANDIDATE, w.b + CANDIDATE, FACTOR + CANDIDATE, e);
             chunk.each([&](int64_t p, int64_t y, int64_t x) {
                 V h = k.read(k.t.h, y, x);
-                k.write_h(y, x, h + load(zs + k.s.at(y, x)) * (tanh_(e[0][p]) - h));
+                e[0][p] = h + load(zs + k.s.at(y, x)) * (tanh_(e[0][p]) - h);
             });
+            k.write_h(chunk, e[0]);
         });
     }
     static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
@@ -419,12 +591,13 @@ struct GRU {
         float *grads = k.room, *rh = grads + G * map, *direct = rh + map;
         reset(k, w, grads + UPDATE * map, grads + RESET * map, rh);  // z and r lie where their gradients will
         chunks(k.s, [&](const Chunk& chunk) {
-            V e[1][CHUNK];
+            V e[1][CHUNK], dhs[CHUNK];
             chunk.gates<1>(k.xs, k.hs ? rh : nullptr, w.w + CANDIDATE, w.b + CANDIDATE, FACTOR + CANDIDATE, e);
+            k.read_dh(chunk, dhs);
             chunk.each([&](int64_t p, int64_t y, int64_t x) {
                 const int64_t o = k.s.at(y, x);
                 float* d = grads + o;
-                V z = load(d + UPDATE * map), n = tanh_(e[0][p]), dh = k.read(k.t.dh_out, y, x);
+                V z = load(d + UPDATE * map), n = tanh_(e[0][p]), dh = dhs[p];
                 store(d + UPDATE * map, dh * (n - k.read(k.t.h, y, x)) * z * (1.0f - z));
                 store(d + CANDIDATE * map, dh * z * (1.0f - n * n));
                 store(direct + o, dh * (1.0f - z));
@@ -467,17 +640,18 @@ struct LSTM {
                 cs[p] = c;
             });
             chunk.exponentials(cs, 2.0f);
-            chunk.each([&](int64_t p, int64_t y, int64_t x) {
-                k.write_h(y, x, (2.0f - cs[p]) * inverse(e[OUTPUT][p] * cs[p]));  // o * tanh(c)
-            });
+            for (int64_t p = 0; p < chunk.pixels(); p++)
+                cs[p] = (2.0f - cs[p]) * inverse(e[OUTPUT][p] * cs[p]);  // o * tanh(c)
+            k.write_h(chunk, cs);
         });
     }
     static void backward(const Task& k, const Weights<G>& w, float (*dw)[2][TAPS][L], float (*db)[L]) {
         const int64_t map = k.s.padded();
         float* grads = k.room;
         chunks(k.s, [&](const Chunk& chunk) {
-            V e[G][CHUNK], cs[CHUNK];
+            V e[G][CHUNK], cs[CHUNK], dhs[CHUNK];
             chunk.gates<G>(k.xs, k.hs, w.w, w.b, FACTOR, e);
+            k.read_dh(chunk, dhs);
             chunk.each([&](int64_t p, int64_t y, int64_t x) {
                 V ig = inverse(e[INPUT][p] * e[CANDIDATE][p]), fo = inverse(e[FORGET][p] * e[OUTPUT][p]);
                 V i = ig * e[CANDIDATE][p], f = fo * e[OUTPUT][p], g = 2.0f * ig * e[INPUT][p] - 1.0f;
@@ -488,7 +662,7 @@ struct LSTM {
             chunk.exponentials(cs, 2.0f);
             chunk.each([&](int64_t p, int64_t y, int64_t x) {
                 V i = e[INPUT][p], f = e[FORGET][p], o = e[OUTPUT][p], g = e[CANDIDATE][p], t = tanh_(cs[p]);
-                V c = k.read(k.t.c, y, x), dh = k.read(k.t.dh_out, y, x);
+                V c = k.read(k.t.c, y, x), dh = dhs[p];
                 V dc = k.read(k.t.dc_out, y, x) + dh * o * (1.0f - t * t);
                 float* d = grads + k.s.at(y, x);
                 store(d + INPUT * map, dc * g * i * (1.0f - i));
@@ -524,12 +698,12 @@ struct Room {
     }
     // A border is never written to, so it stays zero from task to task.
     void clear() const { std::memset(maps(), 0, each() * sizeof(float)); }
-    Task task(const Tensors& t, int64_t i, Watch& watch) const {
+    Task task(const Tensors& t, int64_t i, Watch& watch, double* moments = nullptr) const {
         const int64_t b = i / s.blocks(), n = i % s.blocks();
         float *xs = maps(), *hs = xs + s.padded();
         fill(t.x, b, n, xs, watch);
         if (t.h) fill(t.h, b, n, hs, watch);
-        return Task{t, s, b, n, xs, t.h ? hs : nullptr, hs + s.padded(), watch};
+        return Task{t, s, b, n, xs, t.h ? hs : nullptr, hs + s.padded(), watch, moments};
     }
     void fill(const float* src, int64_t b, int64_t n, float* dst, Watch& watch) const {
         Watch local;
@@ -547,7 +721,7 @@ struct Room {
 template <class Cell>
 int forward(
     const Shape& s, const Tensors& t, const Fuse& fuse, const float* weight, const float* bias, float* start,
-    int threads) {
+    int threads, float* y = nullptr) {
     const int64_t area = s.height * s.width, group = fuse.y ? threads : s.batch;
     const Room<Cell, false> room{s, start};
     Watch all;
@@ -557,18 +731,20 @@ int forward(
 #pragma omp parallel num_threads(threads) reduction(|| : unusual)
     {
         Watch watch;
+        double* moments = t.norm ? t.norm->begin() : nullptr;
         room.clear();
         for (int64_t b = 0; b < s.batch; b += group) {
             const int64_t until = std::min(s.batch, b + group);
 #pragma omp for schedule(static)
             for (int64_t i = b * s.blocks(); i < until * s.blocks(); i++)
-                Cell::forward(room.task(t, i, watch), room.blocks()[i % s.blocks()]);
+                Cell::forward(room.task(t, i, watch, moments), room.blocks()[i % s.blocks()]);
             if (!fuse.y) continue;
             const int64_t end = until * area, range = std::min(Fuse::RANGE, (end - b * area + threads - 1) / threads);
 #pragma omp for schedule(static) nowait
             for (int64_t first = b * area; first < end; first += range)
                 fuse.run(s.channels, t.h_out, first, std::min(end, first + range));
         }
+        if (t.norm) t.norm->apply(moments, t.h_out, y);
         unusual = unusual || watch.unusual();
     }
     return unusual ? UNUSUAL : USUAL;
@@ -589,6 +765,7 @@ int backward(
     {
         Watch watch;
         room.clear();
+        if (t.norm) t.norm->gradients(t.h_out, t.dh_out, watch);
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < tasks; i++) {
             auto& sums = room.sums()[i % s.blocks()];
@@ -604,133 +781,6 @@ int backward(
     }
     return unusual ? UNUSUAL : USUAL;
 }
-
-// Batch norm of a (rows, channels) matrix by its own statistics, then ReLU, in tiles of rows that fit the cache.
-struct Norm {
-    int64_t rows, channels;
-    double eps;
-    const float *weight, *bias;
-    float *mean, *var;
-    double* room;  // two sums per channel: all of them, and those of each thread
-    static constexpr int64_t TILE_ROWS = 128;
-    typedef double D __attribute__((vector_size(L * 8), aligned(8)));
-
-    // One block of channels: ReLU(x * scale + shift), and 1 / standard deviation.
-    struct Affine {
-        V mean, inverse, scale, shift;
-    };
-    Affine affine(int64_t n) const {
-        Affine a;
-        a.mean = load(mean + n);
-        for (int lane = 0; lane < L; lane++) a.inverse[lane] = 1 / std::sqrt(var[n + lane] + eps);
-        a.scale = a.inverse * load(weight + n);
-        a.shift = load(bias + n) - a.mean * a.scale;
-        return a;
-    }
-
-    // body(first element, end, first channel) for every tile and block of channels, shared out to the threads.
-    template <class Body>
-    void tiles(Body body) const {
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r += TILE_ROWS)
-            for (int64_t n = 0; n < channels; n += L)
-                body(r * channels + n, std::min(rows, r + TILE_ROWS) * channels, n);
-    }
-
-    // Adds up the two values per channel that body gives for every tile.
-    template <class Body>
-    void sum(Body body) const {
-        double *total = room, *part = room + (omp_get_thread_num() + 1) * 2 * channels;
-        std::memset(part, 0, 2 * channels * sizeof(double));
-        tiles([&](int64_t first, int64_t end, int64_t n) {
-            D one, two;
-            body(first, end, n, one, two);
-            *reinterpret_cast<D*>(&part[n]) += one;
-            *reinterpret_cast<D*>(&part[channels + n]) += two;
-        });
-        // In the order of the threads, as in `backward`.
-#pragma omp for ordered schedule(static, 1)
-        for (int turn = 0; turn < omp_get_num_threads(); turn++) {
-#pragma omp ordered
-            for (int64_t i = 0; i < 2 * channels; i++) total[i] += part[i];
-        }
-    }
-
-    int forward(const float* x, float* y, int threads) const {
-        double* total = room;
-        std::memset(total, 0, 2 * channels * sizeof(double));
-        bool unusual = false;
-#pragma omp parallel num_threads(threads) reduction(|| : unusual)
-        {
-            Watch watch;
-            // Sums of x, and of its squares as those around the tile's mean and the mean's own, which needs a double.
-            sum([&](int64_t first, int64_t end, int64_t, D& one, D& two) {
-                const float count = (end - first + channels - 1) / channels;
-                V s{}, squares{};
-                Watch local;
-                for (int64_t i = first; i < end; i += channels) {
-                    const V v = load(x + i);
-                    local.see(v);
-                    s += v;
-                }
-                watch.seen = local.seen > watch.seen ? local.seen : watch.seen;
-                const V m = s / count;
-                for (int64_t i = first; i < end; i += channels) squares += (load(x + i) - m) * (load(x + i) - m);
-                one = __builtin_convertvector(s, D);
-                two = __builtin_convertvector(squares, D) + one * one / static_cast<double>(count);
-            });
-#pragma omp for schedule(static)
-            for (int64_t n = 0; n < channels; n++) {
-                const double m = total[n] / rows;
-                mean[n] = m;
-                var[n] = std::max(total[channels + n] / rows - m * m, 0.0);
-            }
-            tiles([&](int64_t first, int64_t end, int64_t n) {
-                const Affine a = affine(n);
-                for (int64_t i = first; i < end; i += channels) store(y + i, relu(load(x + i) * a.scale + a.shift));
-            });
-            unusual = unusual || watch.unusual();
-        }
-        return unusual ? UNUSUAL : USUAL;
-    }
-
-    int backward(const float* x, const float* dy, float* dx, float* dweight, float* dbias, int threads) const {
-        double* total = room;
-        std::memset(total, 0, 2 * channels * sizeof(double));
-        bool unusual = false;
-        const auto passed = [&](int64_t i, const Affine& a) {
-            return load(x + i) * a.scale + a.shift > 0.0f ? load(dy + i) : V{};
-        };
-#pragma omp parallel num_threads(threads) reduction(|| : unusual)
-        {
-            Watch watch;
-            sum([&](int64_t first, int64_t end, int64_t n, D& one, D& two) {
-                const Affine a = affine(n);
-                V s{}, product{};
-                for (int64_t i = first; i < end; i += channels) {
-                    watch.see(load(x + i));
-                    watch.see(load(dy + i));
-                    const V d = passed(i, a);
-                    s += d;
-                    product += d * (load(x + i) - a.mean);
-                }
-                one = __builtin_convertvector(s, D);
-                two = __builtin_convertvector(product * a.inverse, D);
-            });
-#pragma omp for schedule(static)
-            for (int64_t n = 0; n < channels; n++) dbias[n] = total[n], dweight[n] = total[channels + n];
-            tiles([&](int64_t first, int64_t end, int64_t n) {
-                const Affine a = affine(n);
-                const V slope = a.scale * a.inverse * load(dweight + n) * (-1.0f / rows);
-                const V constant = a.scale * load(dbias + n) * (-1.0f / rows) - slope * a.mean;
-                for (int64_t i = first; i < end; i += channels)
-                    store(dx + i, passed(i, a) * a.scale + (load(x + i) * slope + constant));
-            });
-            unusual = unusual || watch.unusual();
-        }
-        return unusual ? UNUSUAL : USUAL;
-    }
-};
 
 }  // namespace
 
@@ -758,6 +808,31 @@ struct Norm {
         const Shape s{batch, channels, height, width};                                                               \
         const Tensors t{x, h, c, dh_out, dc_out, nullptr, nullptr, nullptr, nullptr, dx, dh, dc};                    \
         return backward<Cell>(s, t, weight, bias, dweight, dbias, room, threads);                                    \
+    }                                                                                                                \
+    extern "C" int name##_norm_forward(                                                                              \
+        int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, double eps,                     \
+        const float* weight, const float* bias, const float* x, const float* h, const float* c,                      \
+        const float* norm_weight, const float* norm_bias, float* y, float* h_out, float* c_out, float* mean,         \
+        float* var, float* room, double* norm_room) {                                                                \
+        const Shape s{batch, channels, height, width};                                                               \
+        const Norm norm{batch * height * width, channels, eps, norm_weight, norm_bias, mean, var, norm_room};        \
+        Tensors t{x, h, c, nullptr, nullptr, nullptr, nullptr, h_out, c_out};                                        \
+        t.norm = &norm;                                                                                              \
+        norm.clear();                                                                                                \
+        return forward<Cell>(s, t, Fuse{}, weight, bias, room, threads, y);                                          \
+    }                                                                                                                \
+    extern "C" int name##_norm_backward(                                                                             \
+        int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, double eps,                     \
+        const float* weight, const float* bias, const float* x, const float* h, const float* c,                      \
+        const float* norm_weight, const float* norm_bias, float* h_out, float* mean, float* var, const float* dy,    \
+        const float* dc_out, float* dx, float* dh, float* dc, float* dweight, float* dbias, float* dnorm_weight,     \
+        float* dnorm_bias, float* room, double* norm_room) {                                                         \
+        const Shape s{batch, channels, height, width};                                                               \
+        const Norm norm{batch * height * width, channels, eps, norm_weight, norm_bias, mean, var, norm_room,         \
+                        dnorm_weight, dnorm_bias};                                                                   \
+        const Tensors t{x, h, c, dy, dc_out, nullptr, nullptr, h_out, nullptr, dx, dh, dc, &norm};                   \
+        norm.clear();                                                                                                \
+        return backward<Cell>(s, t, weight, bias, dweight, dbias, room, threads);                                    \
     }
 
 CELL(conv_rnn, RNN)
@@ -773,6 +848,6 @@ extern "C" int batch_norm_relu_backward(
     int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, double eps, const float* weight,
     const float* bias, const float* x, float* mean, float* var, const float* dy, float* dx, float* dweight,
     float* dbias, double* room) {
-    const Norm norm{batch * height * width, channels, eps, weight, bias, mean, var, room};
-    return norm.backward(x, dy, dx, dweight, dbias, threads);
+    const Norm norm{batch * height * width, channels, eps, weight, bias, mean, var, room, dweight, dbias};
+    return norm.backward(x, dy, dx, threads);
 }

@@ -23,16 +23,18 @@ from torch import Tensor
 
 from . import reference
 from .compile_cpu import compile_library, find_compiler, library_name, sum_file
-from .fused import check, check_devices
+from .fused import check, check_devices, check_maps
 
 __all__ = [
     'CONVERTS',
     'backward',
+    'backward_norm',
     'batch_norm_relu',
     'batch_norm_relu_backward',
     'empty',
     'forward',
     'forward_fuse',
+    'forward_norm',
     'unavailable',
 ]
 
@@ -292,6 +294,7 @@ def backward(
 ) -> List[Tensor]:
     """Gradients of x, weight, bias, and of h and c where they are given."""
     check(cell, x, h, c, weight, bias, LANES)
+    check_maps(x, dh_out, dc_out)
     _check_float32(x, h, c, weight, bias, dh_out, dc_out)
     x, h, c, dh_out, dc_out = map(_channels_last, (x, h, c, dh_out, dc_out))
     weight, bias = weight.contiguous(), bias.contiguous()
@@ -339,6 +342,7 @@ def batch_norm_relu_backward(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias."""
     _check_vectors(x, weight, bias, mean, var)
+    check_maps(x, dy)
     _check_float32(dy)
     x, dy = _channels_last(x), _channels_last(dy)
     weight, bias, mean, var = map(_contiguous, (weight, bias, mean, var))
@@ -354,3 +358,58 @@ def batch_norm_relu_backward(
 
     dx, dweight, dbias = _above_autograd(differentiate)
     return _channels_last(dx), dweight, dbias
+
+
+def forward_norm(
+    cell: str,
+    x: Tensor,
+    h: Optional[Tensor],
+    c: Optional[Tensor],
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+) -> List[Tensor]:
+    """`batch_norm_relu` of a step's h', in its pass: ReLU(BN(h')), h', its mean and variance, and, of an LSTM, c'."""
+    check(cell, x, h, c, weight, bias, LANES)
+    _check_float32(x, h, c, weight, bias)
+    _check_vectors(x, norm_weight, norm_bias)
+    x, h, c = map(_channels_last, (x, h, c))
+    vectors = weight, bias, norm_weight, norm_bias = tuple(map(_contiguous, (weight, bias, norm_weight, norm_bias)))
+    y, *outs = (empty(x) for _ in range(2 + (cell == 'conv_lstm')))
+    mean, var = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
+    arguments = (*vectors[:2], x, h, c, *vectors[2:], y, outs[0], outs[-1], mean, var)
+    if _call(f'{cell}_norm_forward', x, eps, *arguments, _room(cell, x, False), _norm_room(x)) == UNUSUAL:
+        outs = forward(cell, x, h, c, weight, bias, None, None)
+        y, mean, var = batch_norm_relu(outs[0], norm_weight, norm_bias, eps)
+    return [y, outs[0], mean, var, *outs[1:]]
+
+
+def backward_norm(
+    cell: str,
+    tensors: Sequence[Optional[Tensor]],
+    eps: float,
+    raw: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dy: Tensor,
+    dc_out: Optional[Tensor],
+) -> List[Tensor]:
+    """Gradients of x, the two weights and biases, and of h and c where they are given, of `forward_norm`'s seven."""
+    x, h, c, weight, bias, norm_weight, norm_bias = tensors  # type: Any, Any, Any, Any, Any, Any, Any
+    check(cell, x, h, c, weight, bias, LANES)
+    check_maps(x, raw, dy, dc_out)
+    _check_float32(x, h, c, weight, bias, raw, dy, dc_out)
+    _check_vectors(x, norm_weight, norm_bias, mean, var)
+    x, h, c, raw, dy, dc_out = map(_channels_last, (x, h, c, raw, dy, dc_out))
+    vectors = tuple(map(_contiguous, (weight, bias, norm_weight, norm_bias, mean, var)))
+    dx, dh, dc = (None if t is None else empty(t) for t in (x, h, c))
+    grads = [torch.zeros_like(t) for t in vectors[:4]]
+    given = (*vectors[:2], x, h, c, *vectors[2:4], raw, *vectors[4:], dy, dc_out)
+    arguments = (*given, dx, dh, dc, *grads, _room(cell, x, True), _norm_room(x))
+    if _call(f'{cell}_norm_backward', x, eps, *arguments) != UNUSUAL:
+        return [dx, *grads, *(t for t in (dh, dc) if t is not None)]  # type: ignore[list-item]
+    dh_out, *norm_grads = batch_norm_relu_backward(raw, norm_weight, norm_bias, eps, mean, var, dy)
+    dx, dweight, dbias, *states = backward(cell, x, h, c, weight, bias, dh_out, dc_out)
+    return [dx, dweight, dbias, *norm_grads, *states]

@@ -37,7 +37,7 @@ from typing import Any, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor
 
-from .fused import GATES, check
+from .fused import GATES, check, check_maps
 from .reference import affine_relu
 
 try:
@@ -566,6 +566,7 @@ def backward(
 ) -> List[Tensor]:
     """Gradients of x, weight, bias, and of h and c where they are given."""
     _check(cell, x, h, c, weight, bias)
+    check_maps(x, dh_out, dc_out)
     gates, gru = GATES[cell], cell == 'conv_gru'
     dx, dh, dc = (None if t is None else empty(x) for t in (x, h, c))
     x, w, h, c, dh_out, dc_out = _laid_out(x, weight, h, c, dh_out, dc_out)
