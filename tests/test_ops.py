@@ -569,22 +569,15 @@ def count_norms(monkeypatch):
             return step(x, h, c, weight, bias, scale, shift)
 
         monkeypatch.setitem(fused.STEPS, name, counted_step)
-    for name, step in list(fused.NORMED_STEPS.items()):
+    for steps, counts in ((fused.NORMED_STEPS, ('training', 'step')), (fused.FUSING_STEPS, ('eval', 'fuse'))):
+        for name, step in list(steps.items()):
 
-        def counted_normed(*args, step=step):
-            calls['training'] += 1
-            calls['step'] += 1
-            return step(*args)
+            def counted_whole(*args, step=step, counts=counts):
+                for count in counts:
+                    calls[count] += 1
+                return step(*args)
 
-        monkeypatch.setitem(fused.NORMED_STEPS, name, counted_normed)
-    for name, step in list(fused.FUSING_STEPS.items()):
-
-        def counted_fusing(*args, step=step):
-            calls['eval'] += 1
-            calls['fuse'] += 1
-            return step(*args)
-
-        monkeypatch.setitem(fused.FUSING_STEPS, name, counted_fusing)
+            monkeypatch.setitem(steps, name, counted_whole)
     return calls
 
 

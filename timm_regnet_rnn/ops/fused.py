@@ -312,7 +312,7 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, Maybe, Tensor, Te
         norm_bias: Tensor,
         eps: float,
     ) -> List[Tensor]:
-        return kernels('cpu').forward_norm(cell, x, h, c, weight, bias, norm_weight, norm_bias, eps)
+        return kernels('cpu').forward_norm(cell, (x, h, c, weight, bias, norm_weight, norm_bias), eps)
 
     def backward(
         x: Tensor,

@@ -360,18 +360,15 @@ def batch_norm_relu_backward(
     return _channels_last(dx), dweight, dbias
 
 
-def forward_norm(
-    cell: str,
-    x: Tensor,
-    h: Optional[Tensor],
-    c: Optional[Tensor],
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-) -> List[Tensor]:
-    """`batch_norm_relu` of a step's h', in its pass: ReLU(BN(h')), h', its mean and variance, and, of an LSTM, c'."""
+def forward_norm(cell: str, tensors: Sequence[Optional[Tensor]], eps: float) -> List[Tensor]:
+    """`batch_norm_relu` of a step's h', in its pass: ReLU(BN(h')), h', its mean and variance, and, of an LSTM, c'.
+
+    Args:
+        cell: 'conv_rnn', 'conv_gru' or 'conv_lstm'.
+        tensors: x, h, c, weight and bias, and the norm's weight and bias.
+        eps: The norm's.
+    """
+    x, h, c, weight, bias, norm_weight, norm_bias = tensors  # type: Any, Any, Any, Any, Any, Any, Any
     check(cell, x, h, c, weight, bias, LANES)
     _check_float32(x, h, c, weight, bias)
     _check_vectors(x, norm_weight, norm_bias)
