@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -5,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import save
 from timm.models import is_model_pretrained
 from timm.utils import reparameterize_model
@@ -89,3 +91,32 @@ def test_damaged_stored_logits_are_one_line(content, tmp_path, monkeypatch, caps
     assert verify.main(EMBEDDED[:1]) == 2
     err = capsys.readouterr().err
     assert 'the stored images and logits in' in err and 'are damaged' in err and err.count('\n') == 1
+
+
+def image_folder(root, key, classes=10):
+    """Images of one colour, one a class, as prepare_data.py leaves them, with its note if there is a key."""
+    for i in range(classes):
+        (root / 'test' / f'{i:03d}').mkdir(parents=True)
+        Image.new('RGB', (32, 32), (i, 2 * i, 0)).save(root / 'test' / f'{i:03d}' / 'a.png')
+    if key:
+        (root / 'prepared.json').write_text(json.dumps(dict(dataset=key)))
+    return str(root)
+
+
+def test_an_accuracy_is_measured_on_its_own_data_set(tmp_path, monkeypatch, capsys):
+    cifar, fashion = 'regnet_convlstm_20.cifar10_jpeg75', 'cifar_resnet_20.fashion_mnist'
+    monkeypatch.setattr(verify, 'RELEASED', {name: RELEASED[name] for name in (cifar, fashion)})
+    noted, unnoted = image_folder(tmp_path / 'a', 'fashion_mnist'), image_folder(tmp_path / 'photos', '')
+    assert verify.folder_of(fashion, [unnoted, noted]) == noted and verify.folder_of(cifar, [noted]) is None
+    assert verify.folder_of(cifar, [noted, unnoted]) == unnoted
+    assert verify.folder_of(cifar, [image_folder(tmp_path / 'five', '', 5)]) is None
+    assert verify.main(['--all', '--data-dir', noted]) == 2
+    done = capsys.readouterr()
+    assert (
+        "accuracy not measured, no --data-dir has 'CIFAR-10, JPEG q75 mirror'" in done.out and fashion not in done.out
+    )
+    assert f'{fashion}: top1 is ' in done.err and done.err.count('\n') == 1
+    assert verify.main([cifar, '--data-dir', noted]) == 2
+    assert f"{cifar}: no --data-dir has 'CIFAR-10, JPEG q75 mirror', which its" in capsys.readouterr().err
+    assert verify.main([cifar, '--data-dir', str(tmp_path / 'nowhere')]) == 2
+    assert capsys.readouterr().err.count('\n') == 1

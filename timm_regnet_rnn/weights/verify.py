@@ -2,7 +2,7 @@
 
     python verify.py NAME.TAG ...
     python verify.py --all
-    python verify.py NAME.TAG --data-dir DIR   # and its accuracy, on an image folder with the data set
+    python verify.py --all --data-dir DIR --data-dir DIR   # and accuracies, on image folders with the data sets
 
 For each entry: the file from the Hub (or inside the package), its size, sha256 and digest of the tensors; then the
 logits on the images stored in checks/, against those stored beside them.
@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
+from ..datasets import DATASETS, dataset_name
 from ..errors import Parser, UsageError, one_line, report
+from ..training.data import read_classes, split_folder
 from .folder import Trained, evaluate, tensor_digest
 from .manifest import RELEASED, hub_id
 from .pull import pull
@@ -26,6 +28,7 @@ from .pull import pull
 HOME = Path(__file__).resolve().parent
 TOLERANCE = 1e-4  # of the logits' scale, what arithmetic in another order may change
 ACCURACY = 0.05  # points, likewise
+DATA_DIR = 'image folder of a data set, once for each: measure the accuracy of what was measured on it too'
 
 
 def logits(model: torch.nn.Module, images: torch.Tensor, config: Dict[str, Any]) -> torch.Tensor:
@@ -86,6 +89,23 @@ def verify(name: str, data_dir: Optional[str] = None) -> str:
     return words
 
 
+def folder_of(name: str, folders: Sequence[str]) -> Optional[str]:
+    """The image folder with the data set that an entry was measured on.
+
+    By what prepare_data.py noted in it; a folder without a note is taken by its number of classes.
+    """
+    entry, found = RELEASED[name], None
+    for folder in folders:
+        key, dataset = dataset_name(dict(data_dir=folder))
+        if dataset == entry['dataset']:
+            return folder
+        noted = (Path(folder) / 'prepared.json').is_file() or key in DATASETS
+        classes, _ = read_classes(split_folder(dict(data_dir=folder), entry['metrics']['split']))
+        if not noted and len(classes) == entry['num_classes']:
+            found = folder
+    return found
+
+
 def main(argv: Optional[Sequence[str]] = None, prog: str = 'verify.py') -> int:
     """Run the command; returns its exit status, 2 if anything was not as it should be."""
     parser = Parser(
@@ -95,14 +115,21 @@ def main(argv: Optional[Sequence[str]] = None, prog: str = 'verify.py') -> int:
     )
     parser.add_argument('names', nargs='*', metavar='NAME.TAG')
     parser.add_argument('--all', action='store_true', help='everything in the manifest')
-    parser.add_argument('--data-dir', metavar='DIR', help='image folder of the data set: measure the accuracy too')
+    parser.add_argument('--data-dir', metavar='DIR', action='append', default=[], help=DATA_DIR)
     args = parser.parse_args(argv)
     if bool(args.names) == args.all:
         parser.error('give names, or --all.')
     failed = False
     for name in RELEASED if args.all else args.names:
         try:
-            print(verify(name, args.data_dir))
+            folder = folder_of(name, args.data_dir) if name in RELEASED and args.data_dir else None
+            words = verify(name, folder)
+            if args.data_dir and not folder:
+                missing = f'no --data-dir has {RELEASED[name]["dataset"]!r}'
+                if not args.all:
+                    raise UsageError(f'{name}: {missing}, which its accuracy is of.')
+                words += f'; accuracy not measured, {missing}'
+            print(words)
         except (UsageError, OSError, ValueError, RuntimeError) as e:
             failed = True
             report(prog, one_line(e))
