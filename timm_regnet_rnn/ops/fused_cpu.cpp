@@ -476,6 +476,7 @@ struct Task {
     float* room;
     Watch& watch;
     double* moments;  // of h', for a norm
+    Norm::Gradient undo;  // of that norm, in backward
     V read(const float* p, int64_t y, int64_t x) const {
         if (!p) return V{};
         V v = load(p + s.pixel(b, n, y, x));
@@ -495,10 +496,9 @@ struct Task {
     // The gradients of h' of a chunk's pixels.
     void read_dh(const Chunk& chunk, V* dh) const {
         if (!t.norm) return chunk.each([&](int64_t p, int64_t y, int64_t x) { dh[p] = read(t.dh_out, y, x); });
-        const Norm::Gradient g = t.norm->gradient(n * L);
         chunk.each([&](int64_t p, int64_t y, int64_t x) {
             const int64_t i = s.pixel(b, n, y, x);
-            dh[p] = g.of(load(t.h_out + i), load(t.dh_out + i));
+            dh[p] = undo.of(load(t.h_out + i), load(t.dh_out + i));
         });
     }
     const float* state(int64_t y, int64_t x) const { return hs ? hs + s.at(y, x) : nullptr; }
@@ -703,7 +703,8 @@ struct Room {
         float *xs = maps(), *hs = xs + s.padded();
         fill(t.x, b, n, xs, watch);
         if (t.h) fill(t.h, b, n, hs, watch);
-        return Task{t, s, b, n, xs, t.h ? hs : nullptr, hs + s.padded(), watch, moments};
+        const Norm::Gradient undo = BACKWARD && t.norm ? t.norm->gradient(n * L) : Norm::Gradient{};
+        return Task{t, s, b, n, xs, t.h ? hs : nullptr, hs + s.padded(), watch, moments, undo};
     }
     void fill(const float* src, int64_t b, int64_t n, float* dst, Watch& watch) const {
         Watch local;
