@@ -6,7 +6,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'  # a test that talks to a server of its own l
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from PIL import Image
 from push_client import client, hub, stand_in  # noqa: F401  fixtures
 
@@ -15,7 +15,7 @@ from timm_regnet_rnn.regulated_block import TimeStep
 from timm_regnet_rnn.regulated_resnet import RegulatedResNet
 
 torch.set_num_threads(1)
-settings.register_profile('shared machine', deadline=None)
+settings.register_profile('shared machine', deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile('shared machine')
 
 STAND_IN = Path(__file__).parent / 'stand_in'
