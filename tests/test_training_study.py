@@ -389,7 +389,7 @@ LISTED = dict(
     paper_cifar10=(48, 'seregnet_convgru_20-cifar_paper-cifar10-e200-s1'),
     paper_cifar100=(48, 'regnet_convrnn_56-cifar_paper-cifar100-e200-s2'),
     position=(6, 'regnet_convlstm_20-regulated_stages-2-cifar_short-tiny_imagenet100_32-e4-'),
-    recipe_trials=(7, 'cifar_resnet_20-cifar_short-cifar10_jpeg75-held5000-e4-lr-0.4-val-split-val-s0'),
+    recipe_trials=(7, 'cifar_resnet_20-cifar_short-cifar10_jpeg75-held5000-e2-lr-0.4-val-split-val-s0'),
 )
 
 
