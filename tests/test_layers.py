@@ -77,7 +77,7 @@ def test_norms_keep_their_statistics(monkeypatch):
         model.zero_grad()
         model.eval()(x).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert scaled_error(*gradients) < 1e-4 and calls == {'training': 24, 'step': 8, 'eval': 0, 'fuse': 0}
+    assert scaled_error(*gradients) < 1e-4 and calls == {'training': 24, 'step': 8, 'eval': 0, 'fuse': 8}
 
 
 @needs_compiler
@@ -102,7 +102,7 @@ def test_norms_that_are_left_to_torch(monkeypatch):
         net(x)
         with torch.no_grad():
             net.eval()(x)
-    assert calls == {'training': 34, 'step': 10, 'eval': 3, 'fuse': 3}
+    assert calls == {'training': 34, 'step': 10, 'eval': 3, 'fuse': 13}
     for change in (  # what timm has between a norm and its activation
         lambda block: block.drop_block.register_forward_hook(lambda module, args, out: seen.append(out.shape)),
         lambda block: setattr(block, 'drop_block', nn.Dropout(0.5)),
@@ -260,6 +260,30 @@ def test_a_step_takes_the_fuse_convolution_only_where_it_is_the_same():
         hook.remove()
     nn.utils.parametrizations.weight_norm(conv)
     assert not layers.fuse_in_step(conv, norm, act, x, main)
+
+
+def test_a_training_step_takes_the_fuse_convolution_only_where_it_is_the_same():
+    """As in eval mode, but with a norm that is trained, and no bias before it."""
+    conv, (norm, act) = nn.Conv2d(32, 16, 1, bias=False), norms()
+    x = torch.randn(1, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    takes = ops.fused_on_cpu(x)  # not where there is no compiler
+    assert layers.fuse_in_norm_step(conv, norm, act, x, x) == takes
+    assert not layers.fuse_in_norm_step(nn.Conv2d(32, 16, 1), norm, act, x, x)
+    assert not layers.fuse_in_norm_step(nn.Conv2d(32, 16, 3, padding=1, bias=False), norm, act, x, x)
+    wide = [nn.Conv2d(4 * layers.WIDEST, 2 * layers.WIDEST, 1, bias=False), nn.BatchNorm2d(2 * layers.WIDEST), act]
+    maps = torch.randn(1, 2 * layers.WIDEST, 4, 4).contiguous(memory_format=torch.channels_last)
+    assert not layers.fuse_in_norm_step(*wide, maps, maps)
+    for other in (nn.BatchNorm2d(16).eval(), nn.BatchNorm2d(16, affine=False), nn.GroupNorm(1, 16), nn.Identity()):
+        assert not layers.fuse_in_norm_step(conv, other, act, x, x)
+    assert not layers.fuse_in_norm_step(conv, norm, nn.SiLU(), x, x)
+    assert not layers.fuse_in_norm_step(conv, norm, act, x, x[:, :8])
+    assert not layers.fuse_in_norm_step(conv, norm, act, x, x.contiguous())
+    assert not layers.fuse_in_norm_step(conv, norm, act, x, x[:, :, :1, :1]), 'one value a channel is refused by torch'
+    for module in (conv, norm, act):
+        hook = module.register_forward_hook(lambda *_: None)
+        assert not layers.fuse_in_norm_step(conv, norm, act, x, x)
+        hook.remove()
+    assert layers.fuse_in_norm_step(conv, norm, act, x, x) == takes
 
 
 @pytest.mark.parametrize('bias', [True, False])

@@ -267,6 +267,153 @@ def test_wrong_shapes_and_types_of_the_op_with_batch_norm_are_refused(name):
                 backward(*good, 1e-5, *rest[:i], bad, *rest[i + 1 :], None)
 
 
+def normed_fuse(step):
+    """(a step's tensors, its norm's two, features or None for x, fuse weight, its norm's two) -> (h, c', features)."""
+
+    def run(*tensors):
+        first, second, main = (
+            (*tensors[5:7], 1e-5),
+            (*tensors[9:], 1e-3),
+            tensors[0] if tensors[7] is None else tensors[7],
+        )
+        h, c, *_, y, _, _ = ops.step_batch_norm_fuse(step, tensors[:5], first, main, tensors[8], second)
+        return (h, y) if c is tensors[2] else (h, c, y)
+
+    return run
+
+
+def specified_norm_fuse(name):
+    def run(*tensors):
+        h, c = specified_norm(name)(*tensors[:7])
+        y = reference.fuse(tensors[0] if tensors[7] is None else tensors[7], h, tensors[8])
+        y = reference.batch_norm_relu(y, *tensors[9:], 1e-3)[0]
+        return (h, y) if c is tensors[2] else (h, c, y)
+
+    return run
+
+
+def normed_fuse_inputs(name, shape, state, apart):
+    main = torch.randn(shape).contiguous(memory_format=CL).requires_grad_() if apart else None
+    tensors, n = normed_inputs(name, shape, state), shape[1]
+    fuse = [torch.randn(n, 2 * n) / n**0.5, torch.rand(n).add(0.5), torch.randn(n)]
+    return [*tensors, main, *(t.requires_grad_() for t in fuse)]
+
+
+def gradients_of_all(function, tensors, used=slice(None)):
+    """Outputs, and the gradients of all inputs for a loss that weighs every element of the `used` ones otherwise."""
+    outs = function(*tensors)
+    loss = sum((out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum() for out in outs[used])
+    wanted = [t for t in tensors if t is not None]
+    grads = torch.autograd.grad(loss, wanted, allow_unused=True)
+    return [*outs, *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, grads))]
+
+
+def check_norm_fuse(name, tensors, used=slice(None)):
+    """Outputs and gradients against the float64 reference."""
+    twins = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    got = gradients_of_all(normed_fuse(getattr(ops, f'{name}_step')), tensors, used)
+    want = gradients_of_all(specified_norm_fuse(name), twins, used)
+    assert len(got) == len(want)
+    for ours, theirs in zip(got, want):
+        assert ours.shape == theirs.shape
+        assert not (ours.any() or theirs.any()) or scaled_error(ours.double(), theirs) < 2e-5
+
+
+@needs_compiler
+@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('shape', [*SHAPES[:1], *SHAPES[2:], (5, 32, 9, 11), (1, 112, 10, 10)])
+@pytest.mark.parametrize('name', NAMES)
+def test_batch_norm_and_fuse_convolution_in_the_step(name, shape, threads):
+    """Training mode: outputs, statistics, every gradient, and those of each output alone."""
+    before, step = torch.get_num_threads(), getattr(ops, f'{name}_step')
+    torch.set_num_threads(threads)
+    try:
+        for apart in (False, True):
+            for state in (False, True):
+                check_norm_fuse(name, normed_fuse_inputs(name, shape, state, apart))
+            tensors = normed_fuse_inputs(name, shape, True, apart)
+            for used in range(3 if name == 'conv_lstm' else 2):
+                check_norm_fuse(name, tensors, slice(used, used + 1))
+            main = tensors[0] if tensors[7] is None else tensors[7]
+            outs = ops.step_batch_norm_fuse(
+                step, tensors[:5], (*tensors[5:7], 1e-5), main, tensors[8], (*tensors[9:], 1e-3)
+            )
+            assert not any(t.requires_grad for i, t in enumerate(outs) if i in (2, 3, 5, 6))
+            y = reference.fuse(main.double(), outs[0].double(), tensors[8].double())
+            torch.testing.assert_close(outs[5].double(), y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(outs[6].double(), y.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-7)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_batch_norm_and_fuse_convolution_of_other_layouts_and_numbers(name):
+    tensors = normed_fuse_inputs(name, (2, 16, 3, 5), True, True)
+    for i in (0, 1, 7, 8):
+        other = tensors[i].detach()
+        other = other.t().contiguous().t() if other.ndim == 2 else other.contiguous()
+        check_norm_fuse(name, [*tensors[:i], other.requires_grad_(), *tensors[i + 1 :]])
+
+    def apart(x, h, c, weight, bias, norm_weight, norm_bias, main, fuse_weight, *fuse_norm):
+        out, state = fused.STEPS[name](x, h, c, weight, bias)
+        out = fused.batch_norm_relu(out, norm_weight, norm_bias, 1e-5)[0]
+        y = fused.batch_norm_relu(reference.fuse(main, out, fuse_weight), *fuse_norm, 1e-3)[0]
+        return (out, y) if state is c else (out, state, y)
+
+    for i in (0, 1, 3, 7, 8, 10):  # beyond what the kernels take: the separate ops' numbers
+        for value in (float('nan'), float('inf'), 1e30):
+            far = [t if t is None else t.detach().clone(memory_format=torch.preserve_format) for t in tensors]
+            far[i][(0,) * far[i].ndim] = value
+            far = [t if t is None else t.requires_grad_() for t in far]
+            got, want = (gradients_of_all(f, far) for f in (normed_fuse(getattr(ops, f'{name}_step')), apart))
+            for a, b in zip(got, want):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * max(1.0, finite_scale(b)), equal_nan=True)
+
+
+@needs_compiler
+@pytest.mark.parametrize('apart', [False, True])
+@pytest.mark.parametrize('name', NAMES)
+def test_torch_knows_the_op_with_batch_norm_and_fuse_convolution(name, apart):
+    """And its gradients' gradients."""
+    tensors = normed_fuse_inputs(name, (2, 16, 3, 5), True, apart)
+    op = getattr(torch.ops.timm_regnet_rnn, f'{name}_norm').default
+    torch_library.opcheck(op, (*tensors[:7], 1e-5, *tensors[7:], 1e-3))
+    twins = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
+    found = []
+    for f, taken in ((normed_fuse(getattr(ops, f'{name}_step')), tensors), (specified_norm_fuse(name), twins)):
+        grads = torch.autograd.grad(f(*taken)[-1].square().sum(), [taken[0], taken[8]], create_graph=True)
+        loss = sum(grad.square().sum() for grad in grads)
+        found.append(torch.autograd.grad(loss, [t for t in taken if t is not None]))
+    for ours, theirs in zip(*found):
+        assert scaled_error(ours.double(), theirs) < 1e-3
+
+
+@needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_wrong_shapes_and_types_of_the_op_with_batch_norm_and_fuse_convolution_are_refused(name):
+    good = [None if t is None else t.detach() for t in normed_fuse_inputs(name, (2, 16, 4, 4), True, True)]
+    op = getattr(torch.ops.timm_regnet_rnn, f'{name}_norm')
+    for i in range(7, 11):
+        for bad in (good[i][:1], good[i][..., :1], good[i].double()):
+            changed = [*good[:i], bad, *good[i + 1 :]]
+            with torch.no_grad(), pytest.raises(ValueError, match='must be|takes float32'):
+                op(*changed[:7], 1e-5, *changed[7:], 1e-3)
+    outs = op(*good[:7], 1e-5, *good[7:], 1e-3)
+    h, (y, mean, var) = outs[0], outs[-3:]
+    backward = torch.ops.timm_regnet_rnn.fuse_norm_backward
+    given = [good[7], h, *good[8:], y, mean, var, y, h]
+    assert [t.shape for t in backward(*given[:5], 1e-3, *given[5:])] == [t.shape for t in given[:5]]
+    for i in range(10):
+        for bad in (given[i][:1], given[i].double()):
+            changed = [*given[:i], bad, *given[i + 1 :]]
+            with pytest.raises(ValueError, match='must be|takes float32'):
+                backward(*changed[:5], 1e-3, *changed[5:])
+    more = [*good[:7], 1e-5, *outs[1:4], h, None, h[:1]]
+    with pytest.raises(ValueError, match='must be'):
+        getattr(torch.ops.timm_regnet_rnn, f'{name}_norm_backward')(*more)
+
+
 def fusing_inputs(name, shape, state, apart=True):
     """What a step with its norm and the fuse convolution takes; the features are x unless apart."""
     tensors = [None if t is None else t.detach() for t in inputs(name, shape, state)]
@@ -281,7 +428,7 @@ def check_fusing(name, tensors):
     h, c, y = ops.step_norm_fuse(getattr(ops, f'{name}_step'), tensors[:7], *tensors[7:])
     twins = [None if t is None else t.double() for t in tensors]
     true_h, true_c = specified(name)(*twins[:7])
-    pairs = [(h, true_h), (y, reference.fuse_relu(twins[7], true_h, *twins[8:])), (c, true_c)]
+    pairs = [(h, true_h), (y, reference.fuse(twins[7], true_h, *twins[8:]).relu()), (c, true_c)]
     for got, want in pairs[: 2 + (name == 'conv_lstm')]:
         assert got.is_contiguous(memory_format=CL) and got.shape == want.shape
         torch.testing.assert_close(
@@ -553,7 +700,7 @@ def test_a_training_step_is_the_same(cell):
 
 def count_norms(monkeypatch):
     """Counts the calls of what stands for a norm: the ops in training, of which some are a step's, and a step's scale
-    in eval mode; and of steps that go on to the fuse convolution."""
+    in eval mode; and of steps that go on to the fuse convolution, in training with a norm more."""
     calls = {'training': 0, 'step': 0, 'eval': 0, 'fuse': 0}
     norm = fused.batch_norm_relu
 
@@ -575,6 +722,9 @@ def count_norms(monkeypatch):
             def counted_whole(*args, step=step, counts=counts):
                 for count in counts:
                     calls[count] += 1
+                if counts[1] == 'step' and len(args) > 8:
+                    calls['training'] += 1
+                    calls['fuse'] += 1
                 return step(*args)
 
             monkeypatch.setitem(steps, name, counted_whole)

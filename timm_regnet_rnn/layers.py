@@ -16,8 +16,9 @@ from . import ops
 from .conv_rnn import RegulatorCell
 
 __all__ = [
-    *('SampledConv2d', 'batch_norm_in_op', 'check_layers', 'fuse', 'fuse_in_step', 'fuse_kernel', 'is_step'),
-    *('listened', 'norm_act', 'norm_in_step', 'sample_first', 'scale_and_shift', 'step_norm_act'),
+    *('SampledConv2d', 'batch_norm_in_op', 'check_layers', 'fuse', 'fuse_in_norm_step', 'fuse_in_step', 'fuse_kernel'),
+    *('is_step', 'listened', 'norm_act', 'norm_in_step', 'sample_first', 'scale_and_shift', 'step_norm_act'),
+    'step_norm_fuse',
 ]
 
 WIDEST = 128  # channels for which a step goes on to the fuse convolution
@@ -136,6 +137,29 @@ def step_norm_act(
     return h, c
 
 
+def step_norm_fuse(
+    cell: Any, norm: Any, main: torch.Tensor, conv: Any, fuse_norm: Any, *tensors: Optional[torch.Tensor]
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor]:
+    """`step_norm_act`, the fuse convolution, its norm and ReLU as one op, where `fuse_in_norm_step` allows it.
+
+    Args:
+        cell, norm: As there.
+        main: Features (B, N, H, W).
+        conv, fuse_norm: The fuse convolution and its norm.
+        tensors: As there.
+
+    Returns:
+        ReLU(BN(h')), c', and the features (B, N, H, W).
+    """
+    first, second = ((n.weight, n.bias, n.eps) for n in (norm, fuse_norm))
+    h, c, mean, var, y, fuse_mean, fuse_var = ops.step_batch_norm_fuse(
+        cell.step, tensors, first, main, conv.weight.flatten(1), second
+    )
+    track(norm, mean, var, h)
+    track(fuse_norm, fuse_mean, fuse_var, y)
+    return h, c, y
+
+
 def no_grad_on_cpu(x: torch.Tensor) -> bool:
     """Whether x is computed with on the CPU in float32 and channels_last, for no gradient and no compiler."""
     return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and ops.fused_on_cpu(x)
@@ -150,20 +174,30 @@ def norm_in_step(cell: nn.Module, norm: nn.Module, act: nn.Module, x: torch.Tens
     return fusable and ops.fused_on_cpu(x) and is_step(cell) and not listened(norm, act)
 
 
-def fuse_in_step(conv: Any, norm: nn.Module, act: nn.Module, x: torch.Tensor, main: torch.Tensor) -> bool:
-    """Whether a step that `norm_in_step` allowed can go on to the fuse convolution of [main, h], its norm and ReLU too.
+def step_reaches(conv: Any, x: torch.Tensor, main: torch.Tensor) -> bool:
+    """Whether an op of a step on x can go on to the fuse convolution of [main, h].
 
     Beyond a width of WIDEST torch's matrix products are faster.
     """
     return (
         is_pointwise(conv)
         and conv.in_channels == 2 * conv.out_channels <= 2 * WIDEST
-        and (is_batch_norm_relu(norm, act) and not norm.training or type(norm) is nn.Identity and type(act) is nn.ReLU)
         and main.shape == x.shape
         and x.numel() > 0
         and ops.native_on_cpu(main)
-        and not listened(conv, norm, act)
+        and not listened(conv)
     )
+
+
+def fuse_in_step(conv: Any, norm: nn.Module, act: nn.Module, x: torch.Tensor, main: torch.Tensor) -> bool:
+    """Whether a step that `norm_in_step` allowed can go on to the fuse convolution of [main, h], its norm and ReLU."""
+    plain = is_batch_norm_relu(norm, act) and not norm.training or type(norm) is nn.Identity and type(act) is nn.ReLU
+    return plain and step_reaches(conv, x, main) and not listened(norm, act)
+
+
+def fuse_in_norm_step(conv: Any, norm: nn.Module, act: nn.Module, x: torch.Tensor, main: torch.Tensor) -> bool:
+    """Whether `step_norm_act` can go on to the fuse convolution of [main, h], its norm and ReLU: in training too."""
+    return batch_norm_in_op(main, norm, act) and conv.bias is None and step_reaches(conv, x, main)
 
 
 def fuse_kernel(conv: Any, norm: Any) -> Tuple[torch.Tensor, torch.Tensor]:

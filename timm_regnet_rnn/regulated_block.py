@@ -17,6 +17,7 @@ from .conv_rnn import CELLS, RegulatorCell
 from .layers import (
     batch_norm_in_op,
     fuse,
+    fuse_in_norm_step,
     fuse_in_step,
     fuse_kernel,
     is_step,
@@ -24,6 +25,7 @@ from .layers import (
     norm_in_step,
     scale_and_shift,
     step_norm_act,
+    step_norm_fuse,
 )
 from .reparameterize import fold_norm, fold_sequential
 
@@ -172,8 +174,12 @@ class _Regulated(_Foldable):
                 raw, c = ops.step_norm_relu(cell.step, *tensors)
                 main, h = self.fuse_state(main, raw, normed=True)
         elif self.carry_norm and batch_norm_in_op(read, self.bn_h, self.act_h) and is_step(cell):
-            raw, c = step_norm_act(cell, self.bn_h, read, step.h, step.c, *step.kernel(cell))
-            main, h = self.fuse_state(main, raw, normed=True)
+            inputs = read, step.h, step.c, *step.kernel(cell)
+            if fuse_in_norm_step(self.conv_fuse, self.bn_fuse, self.act_fuse, read, main):
+                h, c, main = step_norm_fuse(cell, self.bn_h, main, self.conv_fuse, self.bn_fuse, *inputs)
+            else:
+                raw, c = step_norm_act(cell, self.bn_h, *inputs)
+                main, h = self.fuse_state(main, raw, normed=True)
         else:
             raw, c = cell(read, step.h, step.c, step.weight, step.bias)
             main, h = self.fuse_state(main, raw)

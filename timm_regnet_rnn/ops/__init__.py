@@ -28,6 +28,7 @@ __all__ = [
     'chosen_ops',
     'fused_on_cpu',
     'set_ops',
+    'step_batch_norm_fuse',
     'step_batch_norm_relu',
     'step_norm_fuse',
     'step_norm_relu',
@@ -200,7 +201,33 @@ def step_batch_norm_relu(
     """
     from . import fused
 
-    return fused.NORMED_STEPS[step.__name__.removesuffix('_step')](*tensors, weight, bias, eps)
+    return fused.NORMED_STEPS[step.__name__.removesuffix('_step')](*tensors, weight, bias, eps)  # type: ignore[return-value]
+
+
+def step_batch_norm_fuse(
+    step: Callable[..., State],
+    tensors: Sequence[Optional[torch.Tensor]],
+    norm: Tuple[torch.Tensor, torch.Tensor, float],
+    main: torch.Tensor,
+    fuse_weight: torch.Tensor,
+    fuse_norm: Tuple[torch.Tensor, torch.Tensor, float],
+) -> Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`step_batch_norm_relu`, then `batch_norm_relu` of fuse_weight [main, h], a 1x1 convolution.
+
+    Args:
+        step: The cell's.
+        tensors: x, h, c, weight and bias of the step.
+        norm, fuse_norm: Weight (N,), bias (N,) and epsilon of a batch norm.
+        main: Features (B, N, H, W).
+        fuse_weight: (N, 2 N).
+
+    Returns:
+        What `step_batch_norm_relu` does; the features (B, N, H, W), and mean and (biased) variance before their norm.
+    """
+    from . import fused
+
+    step_norm_fuse = fused.NORMED_STEPS[step.__name__.removesuffix('_step')]
+    return step_norm_fuse(*tensors, *norm, main, fuse_weight, *fuse_norm)  # type: ignore[return-value]
 
 
 def step_norm_relu(

@@ -295,12 +295,45 @@ def batch_norm_relu(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tupl
     return _batch_norm_relu(x, weight, bias, eps)
 
 
-def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, Maybe, Tensor, Tensor]]:
+@library.custom_op('timm_regnet_rnn::fuse_norm_backward', mutates_args=(), device_types='cpu')
+def _fuse_norm_backward(
+    main: Tensor,
+    h: Tensor,
+    fuse_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dout: Tensor,
+    more: Optional[Tensor],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return kernels('cpu').fuse_norm_backward(main, h, fuse_weight, weight, bias, eps, y, mean, var, dout, more)
+
+
+@_fuse_norm_backward.register_fake
+def _(main, h, fuse_weight, weight, bias, eps, y, mean, var, dout, more):
+    check_devices(main, h, fuse_weight, weight, bias, y, mean, var, dout, more)
+    empty = kernels('cpu').empty
+    return empty(h), empty(h), *(t.new_empty(t.shape) for t in (fuse_weight, weight, bias))
+
+
+@register_flop_formula(torch.ops.timm_regnet_rnn.fuse_norm_backward)
+def _(main: Sequence[int], *_: Any, **__: Any) -> int:
+    return 8 * main[1] * math.prod(main)
+
+
+def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
     """The ops `{cell}_norm` and `{cell}_norm_backward`, for training on the CPU: a step and its norm in training mode.
 
-    The first returns ReLU(BN(h')), and h', its mean and variance for backward, and c'.
+    The first returns h = ReLU(BN(h')), and h', its mean and variance for backward, and c'. Given the fuse convolution's
+    weight and what its norm needs it goes on, and also returns ReLU(BN(fuse_weight [main, h])), and, for backward, that
+    convolution, its mean and variance; without main the features are x. So both gradients of h, and of x, are summed as
+    they are made.
     """
     has_c = cell == 'conv_lstm'
+    count = 4 + has_c  # outputs of the step and its norm
 
     def forward(
         x: Tensor,
@@ -311,8 +344,18 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, Maybe, Tensor, Te
         norm_weight: Tensor,
         norm_bias: Tensor,
         eps: float,
+        main: Optional[Tensor] = None,
+        fuse_weight: Optional[Tensor] = None,
+        fuse_norm_weight: Optional[Tensor] = None,
+        fuse_norm_bias: Optional[Tensor] = None,
+        fuse_eps: float = 0.0,
     ) -> List[Tensor]:
-        return kernels('cpu').forward_norm(cell, (x, h, c, weight, bias, norm_weight, norm_bias), eps)
+        module, tensors = kernels('cpu'), (x, h, c, weight, bias, norm_weight, norm_bias)
+        outs = module.forward_norm(cell, tensors, eps)
+        if fuse_weight is not None:
+            features = x if main is None else main
+            outs += module.fuse_norm(features, outs[0], fuse_weight, fuse_norm_weight, fuse_norm_bias, fuse_eps)
+        return outs
 
     def backward(
         x: Tensor,
@@ -328,62 +371,93 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, Maybe, Tensor, Te
         var: Tensor,
         dy: Tensor,
         dc_out: Optional[Tensor],
+        more: Optional[Tensor] = None,
     ) -> List[Tensor]:
         tensors = x, h, c, weight, bias, norm_weight, norm_bias
-        return kernels('cpu').backward_norm(cell, tensors, eps, raw, mean, var, dy, dc_out)
+        return kernels('cpu').backward_norm(cell, tensors, eps, raw, mean, var, dy, dc_out, more)
 
     name = f'timm_regnet_rnn::{cell}_norm'
     op = library.custom_op(name, forward, mutates_args=(), device_types='cpu')
     op_backward = library.custom_op(f'{name}_backward', backward, mutates_args=(), device_types='cpu')
 
     @op.register_fake
-    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps):
-        check_devices(x, h, c, weight, bias, norm_weight, norm_bias)
+    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps, main=None, fuse_weight=None, *fuse_norm):
+        check_devices(x, h, c, weight, bias, norm_weight, norm_bias, main, fuse_weight, *fuse_norm[:2])
         y, *outs = (kernels('cpu').empty(x) for _ in range(2 + has_c))
-        return [y, outs[0], torch.empty_like(norm_weight), torch.empty_like(norm_weight), *outs[1:]]
+        outs = [y, outs[0], torch.empty_like(norm_weight), torch.empty_like(norm_weight), *outs[1:]]
+        if fuse_weight is not None:
+            outs += [kernels('cpu').empty(x), kernels('cpu').empty(x), *(torch.empty_like(fuse_norm[0]) for _ in '12')]
+        return outs
 
     @op_backward.register_fake
-    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps, raw, mean, var, dy, dc_out):
-        check_devices(x, h, c, weight, bias, norm_weight, norm_bias, raw, mean, var, dy, dc_out)
+    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps, raw, mean, var, dy, dc_out, more=None):
+        check_devices(x, h, c, weight, bias, norm_weight, norm_bias, raw, mean, var, dy, dc_out, more)
         dx, *states = (kernels('cpu').empty(t) for t in (x, h, c) if t is not None)
         return [dx, *(torch.empty_like(t) for t in (weight, bias, norm_weight, norm_bias)), *states]
 
     def setup_context(ctx, inputs, output):
-        *tensors, ctx.eps = inputs
+        *tensors, ctx.eps, main, fuse_weight, fuse_norm_weight, fuse_norm_bias, ctx.fuse_eps = inputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:4])
-        ctx.save_for_backward(*tensors, *output[1:4])
+        kept = [*output[1:4], *output[count + 1 :]]
+        ctx.mark_non_differentiable(*kept)
+        h = None if fuse_weight is None else output[0]
+        ctx.save_for_backward(*tensors, main, fuse_weight, fuse_norm_weight, fuse_norm_bias, h, *kept)
+
+    def recorded(ctx, tensors, grads):
+        """Gradients by the reference, for a pass that is to be differentiated in its turn."""
+        with torch.enable_grad():
+            *inputs, norm_weight, norm_bias, main, fuse_weight, fuse_norm_weight, fuse_norm_bias = tensors
+            out, state = getattr(reference, f'{cell}_step')(*inputs)
+            h, features = reference.batch_norm_relu(out, norm_weight, norm_bias, ctx.eps)[0], None
+            if fuse_weight is not None:
+                y = reference.fuse(inputs[0] if main is None else main, h, fuse_weight)
+                features = reference.batch_norm_relu(y, fuse_norm_weight, fuse_norm_bias, ctx.fuse_eps)[0]
+            pairs = [(o, g) for o, g in zip((h, state, features), grads) if g is not None]
+            outs, seeds = zip(*pairs)
+            wanted = [t for t in tensors if t is not None and t.requires_grad]
+            found = iter(torch.autograd.grad(outs, wanted, seeds, create_graph=True, allow_unused=True))
+        return [next(found) if t is not None and t.requires_grad else None for t in tensors]
 
     def differentiate(ctx, grads):
-        *tensors, raw, mean, var = ctx.saved_tensors
-        dy, dc_out = grads[0], grads[4] if has_c else None
-        if torch.is_grad_enabled():  # this pass is to be differentiated in its turn
-            with torch.enable_grad():
-                *inputs, norm_weight, norm_bias = tensors
-                out, state = getattr(reference, f'{cell}_step')(*inputs)
-                y = reference.batch_norm_relu(out, norm_weight, norm_bias, ctx.eps)[0]
-                pairs = [(o, g) for o, g in ((y, dy), (state, dc_out)) if g is not None]
-                outs, seeds = zip(*pairs)
-                wanted = [t for t in tensors if t is not None and t.requires_grad]
-                found = iter(torch.autograd.grad(outs, wanted, seeds, create_graph=True, allow_unused=True))
-            return *(next(found) if t is not None and t.requires_grad else None for t in tensors), None
-        dy = torch.zeros_like(raw) if dy is None else dy
-        dx, dweight, dbias, *norm_grads = op_backward(*tensors, ctx.eps, raw, mean, var, dy, dc_out)
-        norm_grads, states = norm_grads[:2], norm_grads[2:]
-        dh, dc = (None if t is None else states.pop(0) for t in tensors[1:3])
-        return dx, dh, dc, dweight, dbias, *norm_grads, None
+        *tensors, h_out, raw, mean, var = ctx.saved_tensors[:15]
+        fused_maps = ctx.saved_tensors[15:]
+        dh_out, dc_out, dfused = grads[0], grads[4] if has_c else None, grads[count] if fused_maps else None
+        if torch.is_grad_enabled():
+            found = recorded(ctx, tensors, (dh_out, dc_out, dfused))
+            return *found[:7], None, *found[7:], None
+        step, (main, *fuse) = tensors[:7], tensors[7:]
+        dmain, dfuse = None, [None] * 3
+        if dfused is not None:
+            features = step[0] if main is None else main
+            dmain, dh_out, *dfuse = _fuse_norm_backward(
+                features, h_out, *fuse, ctx.fuse_eps, *fused_maps, dfused, dh_out
+            )
+        dh_out = torch.zeros_like(raw) if dh_out is None else dh_out
+        more = dmain if main is None else None
+        dx, dweight, dbias, *others = op_backward(*step, ctx.eps, raw, mean, var, dh_out, dc_out, more)
+        norm_grads, states = others[:2], others[2:]
+        dh, dc = (None if t is None else states.pop(0) for t in step[1:3])
+        return dx, dh, dc, dweight, dbias, *norm_grads, None, None if main is None else dmain, *dfuse, None
 
     op.register_autograd(differentiate, setup_context=setup_context)
-    for packet, passes in ((f'{cell}_norm', 1), (f'{cell}_norm_backward', 2)):
-        register_flop_formula(getattr(torch.ops.timm_regnet_rnn, packet))(partial(_flops, GATES[cell], passes))
 
-    def step(x, h, c, weight, bias, norm_weight, norm_bias, eps):
-        y, _, mean, var, *state = op(x, h, c if has_c else None, weight, bias, norm_weight, norm_bias, eps)
-        return y, state[0] if has_c else c, mean, var
+    @register_flop_formula(getattr(torch.ops.timm_regnet_rnn, f'{cell}_norm'))
+    def _(x, *tensors: Any, **__: Any) -> int:
+        fuses = len(tensors) > 8 and tensors[8] is not None
+        return _flops(GATES[cell], 1, x) + 4 * fuses * x[1] * math.prod(x)
+
+    packet = getattr(torch.ops.timm_regnet_rnn, f'{cell}_norm_backward')
+    register_flop_formula(packet)(partial(_flops, GATES[cell], 2))
+
+    def step(x, h, c, weight, bias, norm_weight, norm_bias, eps, main=None, *fuse):
+        """h, c', mean and variance; with main and what the op takes after it also features, and mean and variance."""
+        main = None if main is x else main
+        outs = op(x, h, c if has_c else None, weight, bias, norm_weight, norm_bias, eps, main, *fuse)
+        h_out, _, mean, var = outs[:4]
+        found = (h_out, outs[4] if has_c else c, mean, var)
+        return found if not fuse else (*found, outs[count], *outs[count + 2 :])
 
     return step
 
 
-NORMED_STEPS: Dict[str, Callable[..., Tuple[Tensor, Maybe, Tensor, Tensor]]] = {
-    cell: _register_normed(cell) for cell in GATES
-}
+NORMED_STEPS: Dict[str, Callable[..., Tuple[Tensor, ...]]] = {cell: _register_normed(cell) for cell in GATES}

@@ -431,22 +431,26 @@ struct Tensors {
     const float *x, *h, *c, *dh_out = nullptr, *dc_out = nullptr, *scale = nullptr, *shift = nullptr;
     float *h_out = nullptr, *c_out = nullptr, *dx = nullptr, *dh = nullptr, *dc = nullptr;
     const Norm* norm = nullptr;
+    const float* more = nullptr;  // added to dx
 };
 
-// What may follow a step: y = ReLU(w [main, h'] + b), a 1x1 convolution over the features and the state, pixel by pixel
-// and STRIP channels at a time, with w as [strip][2 * channels][STRIP]. 12 sums, as in the step, and two registers of
-// weights.
+// What may follow a step: y = ReLU(w [main, h] + b), a 1x1 convolution over the features and the state, pixel by pixel
+// and STRIP channels at a time, with w as [strip][2 * channels][STRIP]; in training, where b is null, y = w [main, h]. 12
+// sums, as in the step, and two registers of weights.
 struct Fuse {
     const float *main, *weight, *bias;
     float* y;
     static constexpr int STRIP = 16, VECTORS = STRIP / L, PIXELS = 12 / VECTORS;
     static constexpr int64_t RANGE = 96;  // pixels whose features and state stay in the second cache for all strips
+    // acc[p] += sum over k < count of in[p * across + k * along] * w[k * step]
     template <int P>
-    static void multiply(int64_t channels, const float* in, const float* w, V (&acc)[P][VECTORS]) {
-        for (int64_t k = 0; k < channels; k++, w += STRIP)
+    static void multiply(
+        int64_t count, const float* in, int64_t across, int64_t along, const float* w, int64_t step,
+        V (&acc)[P][VECTORS]) {
+        for (int64_t k = 0; k < count; k++, in += along, w += step)
 #pragma GCC unroll 16
             for (int p = 0; p < P; p++) {
-                const float factor = in[p * channels + k];
+                const float factor = in[p * across];
 #pragma GCC unroll 16
                 for (int v = 0; v < VECTORS; v++) acc[p][v] += factor * load(w + v * L);
             }
@@ -455,15 +459,108 @@ struct Fuse {
         const float* w = weight;
         for (int64_t n = 0; n < channels; n += STRIP, w += 2 * channels * STRIP)
             tiles<PIXELS>(first, end, [&](auto P, int64_t pixel) {
-                V acc[P][VECTORS];
-                for (int p = 0; p < P; p++)
+                V acc[P][VECTORS] = {};
+                for (int p = 0; bias && p < P; p++)
                     for (int v = 0; v < VECTORS; v++) acc[p][v] = load(bias + n + v * L);
-                multiply<P>(channels, main + pixel * channels, w, acc);
-                multiply<P>(channels, h + pixel * channels, w + channels * STRIP, acc);
+                const int64_t at = pixel * channels;
+                multiply<P>(channels, main + at, channels, 1, w, STRIP, acc);
+                multiply<P>(channels, h + at, channels, 1, w + channels * STRIP, STRIP, acc);
                 for (int p = 0; p < P; p++)
                     for (int v = 0; v < VECTORS; v++)
-                        store(y + (pixel + p) * channels + n + v * L, relu(acc[p][v]));
+                        store(y + at + p * channels + n + v * L, bias ? relu(acc[p][v]) : acc[p][v]);
             });
+    }
+
+    // In training: y, and out = ReLU(norm(y)).
+    int forward(const Norm& norm, const float* h, float* out, int threads) const {
+        norm.clear();
+        bool unusual = false;
+#pragma omp parallel num_threads(threads) reduction(|| : unusual)
+        {
+            Watch watch;
+            double* part = norm.begin();
+#pragma omp for schedule(static)
+            for (int64_t first = 0; first < norm.rows; first += RANGE) {
+                const int64_t end = std::min(norm.rows, first + RANGE);
+                run(norm.channels, h, first, end);
+                for (int64_t n = 0; n < norm.channels; n += L) {
+                    Watch local;
+                    for (int64_t i = first; i < end; i++) local.see(load(y + i * norm.channels + n));
+                    watch.seen = local.seen > watch.seen ? local.seen : watch.seen;
+                    norm.add_moments(
+                        part, n, end - first, [&](int64_t i) { return load(y + (first + i) * norm.channels + n); });
+                }
+            }
+            norm.apply(part, y, out);
+            unusual = unusual || watch.unusual();
+        }
+        return unusual ? UNUSUAL : USUAL;
+    }
+};
+
+// The gradients of `Fuse::forward`, from y and the gradient of out: of the features, of the state, to which `more`, its
+// gradient from elsewhere, is added if it is not null, of the norm, and of w. It is w and dw as [strip of the features
+// and the state][channels][STRIP] here.
+struct FuseGradients {
+    const float *main, *h, *weight, *y, *dout, *more;
+    float *dmain, *dh, *dweight;
+    float* room;  // for each thread a dw of its own, and the gradients of a range's y
+    static constexpr int STRIP = Fuse::STRIP, VECTORS = Fuse::VECTORS, OUTS = SUMS / VECTORS;
+    static int64_t weights(int64_t channels) { return 2 * channels * channels; }
+    static int64_t each(int64_t channels) { return weights(channels) + Fuse::RANGE * channels; }
+
+    void range(const Norm& norm, int64_t first, int64_t end, float* dw, float* dy) const {
+        const int64_t channels = norm.channels, count = end - first, start = first * channels;
+        for (int64_t n = 0; n < channels; n += L) {
+            const Norm::Gradient g = norm.gradient(n);
+            for (int64_t i = n; i < count * channels; i += channels)
+                store(dy + i, g.of(load(y + start + i), load(dout + start + i)));
+        }
+        for (int64_t k = 0; k < 2 * channels; k += STRIP) {
+            const bool state = k >= channels;
+            const int64_t at = start + k - (state ? channels : 0);
+            const float *in = (state ? h : main) + at, *add = state && more ? more + at : nullptr;
+            float *out = (state ? dh : dmain) + at, *sums = dw + k * channels;
+            tiles<Fuse::PIXELS>(0, count, [&](auto P, int64_t p) {
+                V acc[P][VECTORS] = {};
+                for (int i = 0; add && i < P; i++)
+                    for (int v = 0; v < VECTORS; v++) acc[i][v] = load(add + (p + i) * channels + v * L);
+                Fuse::multiply<P>(channels, dy + p * channels, channels, 1, weight + k * channels, STRIP, acc);
+                for (int i = 0; i < P; i++)
+                    for (int v = 0; v < VECTORS; v++) store(out + (p + i) * channels + v * L, acc[i][v]);
+            });
+            tiles<OUTS>(0, channels, [&](auto P, int64_t n) {
+                V acc[P][VECTORS] = {};
+                Fuse::multiply<P>(count, dy + n, 1, channels, in, channels, acc);
+                for (int i = 0; i < P; i++)
+                    for (int v = 0; v < VECTORS; v++) {
+                        float* sum = sums + (n + i) * STRIP + v * L;
+                        store(sum, load(sum) + acc[i][v]);
+                    }
+            });
+        }
+    }
+    int run(const Norm& norm, int threads) const {
+        norm.clear();
+        const int64_t size = weights(norm.channels);
+        bool unusual = false;
+#pragma omp parallel num_threads(threads) reduction(|| : unusual)
+        {
+            Watch watch;
+            float* dw = room + omp_get_thread_num() * each(norm.channels);
+            std::memset(dw, 0, size * sizeof(float));
+            norm.gradients(y, dout, watch);
+#pragma omp for schedule(static)
+            for (int64_t first = 0; first < norm.rows; first += Fuse::RANGE)
+                range(norm, first, std::min(norm.rows, first + Fuse::RANGE), dw, dw + size);
+#pragma omp for ordered schedule(static, 1)
+            for (int turn = 0; turn < omp_get_num_threads(); turn++) {
+#pragma omp ordered
+                for (int64_t i = 0; i < size; i++) dweight[i] += dw[i];
+            }
+            unusual = unusual || watch.unusual();
+        }
+        return unusual ? UNUSUAL : USUAL;
     }
 };
 
@@ -510,6 +607,7 @@ struct Task {
             tiles<4>(0, s.width, [&](auto P, int64_t x) {
                 const float* at = grads + s.at(y, x);
                 V d[2][P] = {};
+                for (int p = 0; t.more && p < P; p++) d[FROM_X][p] = load(t.more + s.pixel(b, n, y, x + p));
                 if (t.dh) {
                     for (int p = 0; direct && p < P; p++) d[FROM_H][p] = load(direct + s.at(y, x + p));
                     correlate_transposed<H, 2, P>(s, at, w.w, FROM_X, d);
@@ -826,12 +924,12 @@ int backward(
         int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, double eps,                     \
         const float* weight, const float* bias, const float* x, const float* h, const float* c,                      \
         const float* norm_weight, const float* norm_bias, float* h_out, float* mean, float* var, const float* dy,    \
-        const float* dc_out, float* dx, float* dh, float* dc, float* dweight, float* dbias, float* dnorm_weight,     \
-        float* dnorm_bias, float* room, double* norm_room) {                                                         \
+        const float* dc_out, const float* more, float* dx, float* dh, float* dc, float* dweight, float* dbias,       \
+        float* dnorm_weight, float* dnorm_bias, float* room, double* norm_room) {                                    \
         const Shape s{batch, channels, height, width};                                                               \
         const Norm norm{batch * height * width, channels, eps, norm_weight, norm_bias, mean, var, norm_room,         \
                         dnorm_weight, dnorm_bias};                                                                   \
-        const Tensors t{x, h, c, dy, dc_out, nullptr, nullptr, h_out, nullptr, dx, dh, dc, &norm};                   \
+        const Tensors t{x, h, c, dy, dc_out, nullptr, nullptr, h_out, nullptr, dx, dh, dc, &norm, more};             \
         norm.clear();                                                                                                \
         return backward<Cell>(s, t, weight, bias, dweight, dbias, room, threads);                                    \
     }
@@ -851,4 +949,26 @@ extern "C" int batch_norm_relu_backward(
     float* dbias, double* room) {
     const Norm norm{batch * height * width, channels, eps, weight, bias, mean, var, room, dweight, dbias};
     return norm.backward(x, dy, dx, threads);
+}
+
+// fuse_norm_room: floats that fuse_norm_backward works in.
+extern "C" int64_t fuse_norm_room(int threads, int64_t, int64_t channels, int64_t, int64_t) {
+    return threads * FuseGradients::each(channels);
+}
+extern "C" int fuse_norm_forward(
+    int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, double eps, const float* main,
+    const float* h, const float* fuse_weight, const float* weight, const float* bias, float* y, float* out, float* mean,
+    float* var, double* room) {
+    const Norm norm{batch * height * width, channels, eps, weight, bias, mean, var, room};
+    return Fuse{main, fuse_weight, nullptr, y}.forward(norm, h, out, threads);
+}
+// dfuse_weight is added to; it comes zeroed.
+extern "C" int fuse_norm_backward(
+    int threads, int64_t batch, int64_t channels, int64_t height, int64_t width, double eps, const float* main,
+    const float* h, const float* fuse_weight, const float* weight, const float* bias, const float* y, float* mean,
+    float* var, const float* dout, const float* more, float* dmain, float* dh, float* dfuse_weight, float* dweight,
+    float* dbias, float* room, double* norm_room) {
+    const Norm norm{batch * height * width, channels, eps, weight, bias, mean, var, norm_room, dweight, dbias};
+    const FuseGradients fuse{main, h, fuse_weight, y, dout, more, dmain, dh, dfuse_weight, room};
+    return fuse.run(norm, threads);
 }

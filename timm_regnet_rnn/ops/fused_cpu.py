@@ -35,6 +35,8 @@ __all__ = [
     'forward',
     'forward_fuse',
     'forward_norm',
+    'fuse_norm',
+    'fuse_norm_backward',
     'unavailable',
 ]
 
@@ -139,8 +141,8 @@ def _load() -> Tuple[Any, str]:
         if path.parent == Path(tempfile.gettempdir()):
             with contextlib.suppress(OSError):
                 path.unlink()  # it stays loaded
-        for name in (f'{cell}_room' for cell in ('conv_rnn', 'conv_gru', 'conv_lstm')):
-            getattr(loaded, name).restype = ctypes.c_int64
+        for name in ('conv_rnn', 'conv_gru', 'conv_lstm', 'fuse_norm'):
+            getattr(loaded, f'{name}_room').restype = ctypes.c_int64
         return loaded, ''
     except (OSError, RuntimeError) as e:  # RuntimeError: a user without a home
         reason = str(e).splitlines()[0]
@@ -246,11 +248,9 @@ def forward_fuse(
 ) -> None:
     """`forward` of its seven tensors into `outs`, and ReLU(fuse_weight [main, h'] + fuse_bias) into `y`."""
     x: Any = tensors[0]
-    if main.shape != x.shape or fuse_weight.shape != (x.shape[1], 2 * x.shape[1]):
-        shapes = tuple(main.shape), tuple(fuse_weight.shape)
-        raise ValueError(f'main must be (B, N, H, W) as x is, fuse_weight (N, 2 N); got {shapes[0]} and {shapes[1]}.')
+    _check_fuse(main, x, fuse_weight)
     _check_vectors(x, fuse_bias)
-    _check_float32(main, fuse_weight, *outs, y)
+    _check_float32(*outs, y)
     if len(outs) != 1 + (cell == 'conv_lstm'):
         raise ValueError("conv_lstm must be given room for h' and c', another step for h' alone.")
     if any(t.shape != x.shape or not t.is_contiguous(memory_format=torch.channels_last) for t in (*outs, y)):
@@ -258,7 +258,7 @@ def forward_fuse(
     strips = fuse_weight.unflatten(0, (-1, LANES)).transpose(1, 2)
     if not _forward(cell, tensors, outs, (_channels_last(main), _contiguous(strips), _contiguous(fuse_bias), y)):
         with torch.autocast('cpu', enabled=False):
-            y.copy_(reference.fuse_relu(main, outs[0], fuse_weight, fuse_bias))
+            y.copy_(torch.relu(reference.fuse(main, outs[0], fuse_weight, fuse_bias)))
 
 
 def _forward(
@@ -392,21 +392,97 @@ def backward_norm(
     var: Tensor,
     dy: Tensor,
     dc_out: Optional[Tensor],
+    more: Optional[Tensor] = None,
 ) -> List[Tensor]:
-    """Gradients of x, the two weights and biases, and of h and c where they are given, of `forward_norm`'s seven."""
+    """Gradients of x, the two weights and biases, and of h and c where they are given, of `forward_norm`'s seven.
+
+    Args:
+        more: A gradient of x from elsewhere, which is added, in the same pass.
+    """
     x, h, c, weight, bias, norm_weight, norm_bias = tensors  # type: Any, Any, Any, Any, Any, Any, Any
     check(cell, x, h, c, weight, bias, LANES)
-    check_maps(x, raw, dy, dc_out)
-    _check_float32(x, h, c, weight, bias, raw, dy, dc_out)
+    check_maps(x, raw, dy, dc_out, more)
+    _check_float32(x, h, c, weight, bias, raw, dy, dc_out, more)
     _check_vectors(x, norm_weight, norm_bias, mean, var)
-    x, h, c, raw, dy, dc_out = map(_channels_last, (x, h, c, raw, dy, dc_out))
+    x, h, c, raw, dy, dc_out, more = map(_channels_last, (x, h, c, raw, dy, dc_out, more))
     vectors = tuple(map(_contiguous, (weight, bias, norm_weight, norm_bias, mean, var)))
     dx, dh, dc = (None if t is None else empty(t) for t in (x, h, c))
     grads = [torch.zeros_like(t) for t in vectors[:4]]
-    given = (*vectors[:2], x, h, c, *vectors[2:4], raw, *vectors[4:], dy, dc_out)
+    given = (*vectors[:2], x, h, c, *vectors[2:4], raw, *vectors[4:], dy, dc_out, more)
     arguments = (*given, dx, dh, dc, *grads, _room(cell, x, True), _norm_room(x))
     if _call(f'{cell}_norm_backward', x, eps, *arguments) != UNUSUAL:
         return [dx, *grads, *(t for t in (dh, dc) if t is not None)]  # type: ignore[list-item]
     dh_out, *norm_grads = batch_norm_relu_backward(raw, norm_weight, norm_bias, eps, mean, var, dy)
     dx, dweight, dbias, *states = backward(cell, x, h, c, weight, bias, dh_out, dc_out)
-    return [dx, dweight, dbias, *norm_grads, *states]
+    return [dx if more is None else dx.add_(more), dweight, dbias, *norm_grads, *states]
+
+
+def _check_fuse(main: Tensor, h: Tensor, fuse_weight: Tensor) -> None:
+    """Raise ValueError unless main and h are maps of one shape and fuse_weight (N, 2 N) for them."""
+    if main.shape != h.shape or fuse_weight.shape != (h.shape[1], 2 * h.shape[1]):
+        shapes = tuple(main.shape), tuple(fuse_weight.shape)
+        raise ValueError(f'main must be (B, N, H, W) as x is, fuse_weight (N, 2 N); got {shapes[0]} and {shapes[1]}.')
+    check_devices(main, h, fuse_weight)
+    _check_float32(main, h, fuse_weight)
+
+
+def fuse_norm(
+    main: Tensor, h: Tensor, fuse_weight: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`batch_norm_relu` of fuse_weight [main, h], a 1x1 convolution, and that convolution, its mean and variance.
+
+    Args:
+        main: Features (B, N, H, W).
+        h: State (B, N, H, W).
+        fuse_weight: (N, 2 N).
+        weight, bias, eps: The norm's.
+    """
+    _check_fuse(main, h, fuse_weight)
+    _check_vectors(h, weight, bias)
+    main, h, weight, bias = _channels_last(main), _channels_last(h), _contiguous(weight), _contiguous(bias)
+    y, out, mean, var = empty(h), empty(h), torch.empty_like(weight), torch.empty_like(weight)
+    strips = fuse_weight.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+    arguments = (main, h, strips, weight, bias, y, out, mean, var, _norm_room(h))
+    if _call('fuse_norm_forward', h, eps, *arguments) == UNUSUAL:
+        y = _channels_last(reference.fuse(main, h, fuse_weight))
+        out, mean, var = batch_norm_relu(y, weight, bias, eps)
+    return out, y, mean, var
+
+
+def fuse_norm_backward(
+    main: Tensor,
+    h: Tensor,
+    fuse_weight: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    y: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    dout: Tensor,
+    more: Optional[Tensor],
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of main, h, fuse_weight, weight and bias of `fuse_norm`.
+
+    Args:
+        more: A gradient of h from elsewhere, which is added, in the same pass.
+    """
+    _check_fuse(main, h, fuse_weight)
+    _check_vectors(h, weight, bias, mean, var)
+    check_maps(h, y, dout, more)
+    _check_float32(y, dout, more)
+    main, h, y, dout, more = map(_channels_last, (main, h, y, dout, more))
+    weight, bias, mean, var = map(_contiguous, (weight, bias, mean, var))
+    n, threads = h.shape[1], torch.get_num_threads()
+    strips = fuse_weight.unflatten(1, (-1, LANES)).transpose(0, 1).contiguous()
+    dmain, dh, dstrips = empty(h), empty(h), torch.zeros_like(strips)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    room = torch.empty(_library()[0].fuse_norm_room(threads, *map(ctypes.c_int64, h.shape)))
+    given = (main, h, strips, weight, bias, y, mean, var, dout, more)
+    if _call('fuse_norm_backward', h, eps, *given, dmain, dh, dstrips, dweight, dbias, room, _norm_room(h)) != UNUSUAL:
+        return dmain, dh, dstrips.transpose(0, 1).reshape(n, 2 * n), dweight, dbias
+    dy, dweight, dbias = batch_norm_relu_backward(y, weight, bias, eps, mean, var, dout)
+    dy, inputs = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (dy, torch.cat((main, h), 1)))
+    dmain, dh = (dy @ fuse_weight).unflatten(0, (h.shape[0], *h.shape[2:])).permute(0, 3, 1, 2).split(n, 1)
+    dh = dh if more is None else dh + more
+    return _channels_last(dmain), _channels_last(dh), dy.t() @ inputs, dweight, dbias

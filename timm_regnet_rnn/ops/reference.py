@@ -36,9 +36,11 @@ def affine_relu(h: torch.Tensor, scale: Optional[torch.Tensor], shift: Optional[
     return torch.relu(h * scale[:, None, None] + shift[:, None, None])
 
 
-def fuse_relu(main: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """ReLU(weight [main, h] + bias), a 1x1 convolution of features and state (B, N, H, W), with weight (N, 2 N)."""
-    return torch.relu(F.conv2d(torch.cat((main, h), 1), weight[:, :, None, None], bias))
+def fuse(
+    main: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, bias: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """weight [main, h] + bias, a 1x1 convolution of features and state (B, N, H, W); weight is (N, 2 N), bias (N,)."""
+    return F.conv2d(torch.cat((main, h), 1), weight[:, :, None, None], bias)
 
 
 def batch_norm_relu(
