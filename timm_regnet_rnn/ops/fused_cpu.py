@@ -248,8 +248,8 @@ def forward_fuse(
 ) -> None:
     """`forward` of its seven tensors into `outs`, and ReLU(fuse_weight [main, h'] + fuse_bias) into `y`."""
     x: Any = tensors[0]
-    _check_fuse(main, x, fuse_weight)
     _check_vectors(x, fuse_bias)
+    _check_fuse(main, x, fuse_weight)
     _check_float32(*outs, y)
     if len(outs) != 1 + (cell == 'conv_lstm'):
         raise ValueError("conv_lstm must be given room for h' and c', another step for h' alone.")
@@ -437,8 +437,8 @@ def fuse_norm(
         fuse_weight: (N, 2 N).
         weight, bias, eps: The norm's.
     """
-    _check_fuse(main, h, fuse_weight)
     _check_vectors(h, weight, bias)
+    _check_fuse(main, h, fuse_weight)
     main, h, weight, bias = _channels_last(main), _channels_last(h), _contiguous(weight), _contiguous(bias)
     y, out, mean, var = empty(h), empty(h), torch.empty_like(weight), torch.empty_like(weight)
     strips = fuse_weight.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
@@ -467,8 +467,8 @@ def fuse_norm_backward(
     Args:
         more: A gradient of h from elsewhere, which is added, in the same pass.
     """
-    _check_fuse(main, h, fuse_weight)
     _check_vectors(h, weight, bias, mean, var)
+    _check_fuse(main, h, fuse_weight)
     check_maps(h, y, dout, more)
     _check_float32(y, dout, more)
     main, h, y, dout, more = map(_channels_last, (main, h, y, dout, more))
