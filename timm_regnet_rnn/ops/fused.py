@@ -383,10 +383,11 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
     @op.register_fake
     def _(x, h, c, weight, bias, norm_weight, norm_bias, eps, main=None, fuse_weight=None, *fuse_norm):
         check_devices(x, h, c, weight, bias, norm_weight, norm_bias, main, fuse_weight, *fuse_norm[:2])
-        y, *outs = (kernels('cpu').empty(x) for _ in range(2 + has_c))
-        outs = [y, outs[0], torch.empty_like(norm_weight), torch.empty_like(norm_weight), *outs[1:]]
+        y, raw, *outs = (kernels('cpu').empty(x) for _ in range(2 + has_c))
+        statistics = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
+        outs = [y, raw, *statistics, *outs]
         if fuse_weight is not None:
-            outs += [kernels('cpu').empty(x), kernels('cpu').empty(x), *(torch.empty_like(fuse_norm[0]) for _ in '12')]
+            outs += [torch.empty_like(t) for t in (y, raw, *statistics)]
         return outs
 
     @op_backward.register_fake
