@@ -37,6 +37,15 @@ def rule():
     ops.set_ops(before)
 
 
+@pytest.fixture
+def threads(request):
+    """As many of torch's threads as the parameter says, for one test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 def inputs(name, shape, state, layout=CL, seed=0):
     """x, h, c, weight and bias, with gradients; without a state h and c are None."""
     torch.manual_seed(seed)
@@ -106,16 +115,11 @@ def test_fused_agrees_anywhere(name, shape, state, seed):
 
 
 @needs_compiler
-@pytest.mark.parametrize('threads', [1, 2, 3])
+@pytest.mark.parametrize('threads', [1, 2, 3], indirect=True)
 @pytest.mark.parametrize('name', NAMES)
 def test_threads_share_the_gradient_of_the_weight(name, threads):
     """More threads than cores, and than tasks for some."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check(name, inputs(name, (2, 16, 4, 6), True))
-    finally:
-        torch.set_num_threads(before)
+    check(name, inputs(name, (2, 16, 4, 6), True))
 
 
 @needs_compiler
@@ -180,24 +184,20 @@ def normed_inputs(name, shape, state, seed=0):
 
 
 @needs_compiler
-@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('threads', [1, 3], indirect=True)
 @pytest.mark.parametrize('shape', [*SHAPES[:1], *SHAPES[2:], (5, 32, 9, 40)])  # the last: rows longer than a chunk
 @pytest.mark.parametrize('name', NAMES)
 def test_batch_norm_in_the_step(name, shape, threads):
     """Training mode: outputs, statistics and every gradient."""
-    before, step = torch.get_num_threads(), getattr(ops, f'{name}_step')
-    torch.set_num_threads(threads)
-    try:
-        for state in (False, True):
-            tensors = normed_inputs(name, shape, state)
-            check(name, tensors, normed(step), specified_norm(name))
-            _, _, mean, var = ops.step_batch_norm_relu(step, tensors[:5], *tensors[5:], 1e-5)
-            assert not mean.requires_grad and not var.requires_grad
-            raw, _ = specified(name)(*(None if t is None else t.detach().double() for t in tensors[:5]))
-            torch.testing.assert_close(mean.double(), raw.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(var.double(), raw.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-7)
-    finally:
-        torch.set_num_threads(before)
+    step = getattr(ops, f'{name}_step')
+    for state in (False, True):
+        tensors = normed_inputs(name, shape, state)
+        check(name, tensors, normed(step), specified_norm(name))
+        _, _, mean, var = ops.step_batch_norm_relu(step, tensors[:5], *tensors[5:], 1e-5)
+        assert not mean.requires_grad and not var.requires_grad
+        raw, _ = specified(name)(*(None if t is None else t.detach().double() for t in tensors[:5]))
+        torch.testing.assert_close(mean.double(), raw.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(var.double(), raw.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-7)
 
 
 @needs_compiler
@@ -320,30 +320,26 @@ def check_norm_fuse(name, tensors, used=slice(None)):
 
 
 @needs_compiler
-@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('threads', [1, 3], indirect=True)
 @pytest.mark.parametrize('shape', [*SHAPES[:1], *SHAPES[2:], (5, 32, 9, 11), (1, 112, 10, 10)])
 @pytest.mark.parametrize('name', NAMES)
 def test_batch_norm_and_fuse_convolution_in_the_step(name, shape, threads):
     """Training mode: outputs, statistics, every gradient, and those of each output alone."""
-    before, step = torch.get_num_threads(), getattr(ops, f'{name}_step')
-    torch.set_num_threads(threads)
-    try:
-        for apart in (False, True):
-            for state in (False, True):
-                check_norm_fuse(name, normed_fuse_inputs(name, shape, state, apart))
-            tensors = normed_fuse_inputs(name, shape, True, apart)
-            for used in range(3 if name == 'conv_lstm' else 2):
-                check_norm_fuse(name, tensors, slice(used, used + 1))
-            main = tensors[0] if tensors[7] is None else tensors[7]
-            outs = ops.step_batch_norm_fuse(
-                step, tensors[:5], (*tensors[5:7], 1e-5), main, tensors[8], (*tensors[9:], 1e-3)
-            )
-            assert not any(t.requires_grad for i, t in enumerate(outs) if i in (2, 3, 5, 6))
-            y = reference.fuse(main.double(), outs[0].double(), tensors[8].double())
-            torch.testing.assert_close(outs[5].double(), y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(outs[6].double(), y.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-7)
-    finally:
-        torch.set_num_threads(before)
+    step = getattr(ops, f'{name}_step')
+    for apart in (False, True):
+        for state in (False, True):
+            check_norm_fuse(name, normed_fuse_inputs(name, shape, state, apart))
+        tensors = normed_fuse_inputs(name, shape, True, apart)
+        for used in range(3 if name == 'conv_lstm' else 2):
+            check_norm_fuse(name, tensors, slice(used, used + 1))
+        main = tensors[0] if tensors[7] is None else tensors[7]
+        outs = ops.step_batch_norm_fuse(
+            step, tensors[:5], (*tensors[5:7], 1e-5), main, tensors[8], (*tensors[9:], 1e-3)
+        )
+        assert not any(t.requires_grad for i, t in enumerate(outs) if i in (2, 3, 5, 6))
+        y = reference.fuse(main.double(), outs[0].double(), tensors[8].double())
+        torch.testing.assert_close(outs[5].double(), y.mean((0, 2, 3)), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(outs[6].double(), y.var((0, 2, 3), correction=0), rtol=1e-5, atol=1e-7)
 
 
 @needs_compiler
@@ -439,18 +435,13 @@ def check_fusing(name, tensors):
 
 
 @needs_compiler
-@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('threads', [1, 3], indirect=True)
 @pytest.mark.parametrize('shape', [*SHAPES, (5, 32, 9, 11)])  # the last: 99 pixels an image, ranges of 96
 @pytest.mark.parametrize('name', NAMES)
 def test_fuse_convolution_in_the_step(name, shape, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for state in (False, True):
-            check_fusing(name, fusing_inputs(name, shape, state))
-            check_fusing(name, fusing_inputs(name, shape, state, apart=False))
-    finally:
-        torch.set_num_threads(before)
+    for state in (False, True):
+        check_fusing(name, fusing_inputs(name, shape, state))
+        check_fusing(name, fusing_inputs(name, shape, state, apart=False))
 
 
 @needs_compiler
@@ -551,16 +542,11 @@ def check_norm(x, step):
 
 
 @needs_compiler
-@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('threads', [1, 3], indirect=True)
 @pytest.mark.parametrize('shape', [*SHAPES[:1], *SHAPES[2:], (5, 32, 9, 11)])  # the last: 495 rows in tiles of 128
 def test_batch_norm_relu(shape, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        check_norm(torch.randn(shape).contiguous(memory_format=CL), fused.batch_norm_relu)
-        check_norm(torch.randn(shape), fused.batch_norm_relu)
-    finally:
-        torch.set_num_threads(before)
+    check_norm(torch.randn(shape).contiguous(memory_format=CL), fused.batch_norm_relu)
+    check_norm(torch.randn(shape), fused.batch_norm_relu)
 
 
 @needs_compiler
