@@ -14,6 +14,7 @@ import torch
 from conftest import randomize, scaled_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.optim import Adahessian
 from torch import library as torch_library
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.flop_counter import FlopCounterMode
@@ -955,6 +956,36 @@ def test_double_backward(training):
             found.append((grad.detach(), weights, product))
     for ours, theirs in zip(*found):
         assert scaled_error(ours, theirs) < 1e-3
+
+
+@needs_compiler
+@pytest.mark.parametrize('training', [False, True])
+@pytest.mark.parametrize('cell', CELLS)
+def test_double_backward_of_the_weights(cell, training):
+    """Blocks that follow one another share weights and pass on a state, so a step's inputs depend on one another; the
+    gradients themselves and their gradients, with checkpointing too, and the curvature that timm's Adahessian finds."""
+    torch.manual_seed(0)
+    net = randomize(timm.create_model(f'regnet_{cell}_20', layers=(3, 1, 1), num_classes=5))
+    net, x = net.to(memory_format=CL).train(training), torch.randn(4, 3, 24, 24).contiguous(memory_format=CL)
+    found = {}
+    for name, checkpointing in (('', False), ('', True), ('reference', False)):
+        twin = copy.deepcopy(net) if name == '' else copy.deepcopy(net).double()
+        twin.set_grad_checkpointing(checkpointing)
+        with ops.use(name):
+            weights, images = list(twin.parameters()), x.to(next(twin.parameters()).dtype)
+            grads = torch.autograd.grad(twin(images).square().mean(), weights, create_graph=True)
+            second = torch.autograd.grad(sum(g.square().sum() for g in grads), weights, allow_unused=True)
+            optimizer = Adahessian(weights, lr=0.1)
+            twin(images).square().mean().backward(create_graph=optimizer.is_second_order)
+            optimizer.step()
+            curvature = [p.hess for p in weights]
+        found[name, checkpointing] = [
+            torch.cat([t.flatten() for t in ts if t is not None]) for ts in (grads, second, curvature)
+        ]
+        twin.zero_grad()  # its gradients hold the graph, which holds them
+    for key in (('', False), ('', True)):
+        for ours, theirs in zip(found[key], found['reference', False]):
+            assert ours.shape == theirs.shape and scaled_error(ours.double(), theirs) < 1e-3
 
 
 @needs_compiler

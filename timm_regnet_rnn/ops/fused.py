@@ -83,20 +83,28 @@ def check_devices(*tensors: Maybe) -> None:
         raise ValueError(f'expected all tensors to be on one device, but found {" and ".join(devices)}.')
 
 
-def through_reference(cell: str, tensors: Tuple[Maybe, ...], grads: Tuple[Maybe, ...]) -> List[Maybe]:
-    """Gradients of the op's seven inputs, by the reference; they can be differentiated where the inputs can."""
+def through_reference(
+    function: Callable[..., Sequence[Maybe]], tensors: Sequence[Maybe], grads: Sequence[Maybe]
+) -> List[Maybe]:
+    """Gradients of an op's inputs by the reference; they can be differentiated where the inputs can.
+
+    Of each input's own use alone: that h came of the same weight, and x of h, is for autograd to follow, not for an op.
+
+    Args:
+        function: The op in plain PyTorch, inputs to outputs.
+        tensors: The inputs.
+        grads: Of the outputs, None for zero.
+    """
     with torch.enable_grad():
-        x, h, c, weight, bias, scale, shift = tensors
-        step = getattr(reference, f'{cell}_step')
-        out, state = step(x, h, c, weight.to(x.dtype), bias.to(x.dtype))  # type: ignore[union-attr]
-        outs = [reference.affine_relu(out, scale, shift), state]
-        pairs = [(o, g) for o, g in zip(outs, grads) if g is not None and o is not None and o.requires_grad]
-        wanted = [t for t in tensors if t is not None and t.requires_grad]
+        inputs = [t if t is None or not t.requires_grad else t.view_as(t) for t in tensors]
+        outs = function(*inputs)
+        pairs = [(o, g) for o, g in zip(outs, grads) if o is not None and g is not None and o.requires_grad]
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
         if not pairs or not wanted:
-            return [None] * len(tensors)
-        outs, seeds = zip(*pairs)  # type: ignore[assignment]
-        found = iter(torch.autograd.grad(outs, wanted, seeds, create_graph=True, allow_unused=True))
-        return [next(found) if t is not None and t.requires_grad else None for t in tensors]
+            return [None] * len(inputs)
+        used, seeds = zip(*pairs)
+        found = iter(torch.autograd.grad(used, wanted, seeds, create_graph=True, allow_unused=True))
+        return [next(found) if t is not None and t.requires_grad else None for t in inputs]
 
 
 def _flops(gates: int, passes: int, x: Sequence[int], *_: Any, **__: Any) -> int:
@@ -107,6 +115,10 @@ def _flops(gates: int, passes: int, x: Sequence[int], *_: Any, **__: Any) -> int
 def _register(cell: str) -> Callable[..., Tuple[Tensor, Maybe]]:
     """The ops `{cell}` and `{cell}_backward`, and the step that calls them."""
     has_c = cell == 'conv_lstm'
+
+    def plain(x, h, c, weight, bias, scale, shift):
+        out, state = getattr(reference, f'{cell}_step')(x, h, c, weight.to(x.dtype), bias.to(x.dtype))
+        return reference.affine_relu(out, scale, shift), state
 
     def forward(
         x: Tensor,
@@ -153,10 +165,10 @@ def _register(cell: str) -> Callable[..., Tuple[Tensor, Maybe]]:
         ctx.save_for_backward(*inputs)
 
     def differentiate(ctx, grads):
-        x, h, c, weight, bias, scale, shift = ctx.saved_tensors
+        tensors = x, h, c, weight, bias, scale, shift = ctx.saved_tensors  # a checkpoint gives them once
         dh_out, dc_out, dscale, dshift = grads[0], grads[1] if has_c else None, None, None
         if torch.is_grad_enabled():  # this pass is to be differentiated in its turn
-            return tuple(through_reference(cell, ctx.saved_tensors, (dh_out, dc_out)))
+            return tuple(through_reference(plain, tensors, (dh_out, dc_out)))
         if scale is not None and dh_out is not None:  # rare, so h' is computed again rather than kept
             raw = op(x, h, c, weight, bias, None, None)[0]
             dh_out = dh_out * (raw * scale[:, None, None] + shift[:, None, None] > 0)
@@ -278,12 +290,8 @@ def _setup_norm(ctx, inputs, output):
 
 def _differentiate_norm(ctx, dy, _, __):
     x, weight, bias, mean, var = ctx.saved_tensors
-    if torch.is_grad_enabled():
-        with torch.enable_grad():
-            y = reference.batch_norm_relu(x, weight, bias, ctx.eps)[0]
-            wanted = [t for t in (x, weight, bias) if t.requires_grad]
-            found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-        return *(next(found) if t.requires_grad else None for t in (x, weight, bias)), None
+    if torch.is_grad_enabled():  # this pass is to be differentiated in its turn
+        return *through_reference(partial(reference.batch_norm_relu, eps=ctx.eps), (x, weight, bias), (dy,)), None
     return *_batch_norm_relu_backward(x, weight, bias, ctx.eps, mean, var, dy), None
 
 
@@ -404,27 +412,34 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
         h = None if fuse_weight is None else output[0]
         ctx.save_for_backward(*tensors, main, fuse_weight, fuse_norm_weight, fuse_norm_bias, h, *kept)
 
-    def recorded(ctx, tensors, grads):
-        """Gradients by the reference, for a pass that is to be differentiated in its turn."""
-        with torch.enable_grad():
-            *inputs, norm_weight, norm_bias, main, fuse_weight, fuse_norm_weight, fuse_norm_bias = tensors
-            out, state = getattr(reference, f'{cell}_step')(*inputs)
-            h, features = reference.batch_norm_relu(out, norm_weight, norm_bias, ctx.eps)[0], None
-            if fuse_weight is not None:
-                y = reference.fuse(inputs[0] if main is None else main, h, fuse_weight)
-                features = reference.batch_norm_relu(y, fuse_norm_weight, fuse_norm_bias, ctx.fuse_eps)[0]
-            pairs = [(o, g) for o, g in zip((h, state, features), grads) if g is not None]
-            outs, seeds = zip(*pairs)
-            wanted = [t for t in tensors if t is not None and t.requires_grad]
-            found = iter(torch.autograd.grad(outs, wanted, seeds, create_graph=True, allow_unused=True))
-        return [next(found) if t is not None and t.requires_grad else None for t in tensors]
+    def plain(
+        eps,
+        fuse_eps,
+        x,
+        h,
+        c,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        main,
+        fuse_weight,
+        fuse_norm_weight,
+        fuse_norm_bias,
+    ):
+        out, state = getattr(reference, f'{cell}_step')(x, h, c, weight, bias)
+        out, features = reference.batch_norm_relu(out, norm_weight, norm_bias, eps)[0], None
+        if fuse_weight is not None:
+            features = reference.fuse(x if main is None else main, out, fuse_weight)
+            features = reference.batch_norm_relu(features, fuse_norm_weight, fuse_norm_bias, fuse_eps)[0]
+        return out, state, features
 
     def differentiate(ctx, grads):
-        *tensors, h_out, raw, mean, var = ctx.saved_tensors[:15]
-        fused_maps = ctx.saved_tensors[15:]
+        saved = ctx.saved_tensors
+        (*tensors, h_out, raw, mean, var), fused_maps = saved[:15], saved[15:]
         dh_out, dc_out, dfused = grads[0], grads[4] if has_c else None, grads[count] if fused_maps else None
         if torch.is_grad_enabled():
-            found = recorded(ctx, tensors, (dh_out, dc_out, dfused))
+            found = through_reference(partial(plain, ctx.eps, ctx.fuse_eps), tensors, (dh_out, dc_out, dfused))
             return *found[:7], None, *found[7:], None
         step, (main, *fuse) = tensors[:7], tensors[7:]
         dmain, dfuse = None, [None] * 3
