@@ -166,6 +166,9 @@ def test_norm_in_the_step(name, shape):
         torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, name).default, tuple(check_only))
 
 
+NO_FUSE = None, None, None, None, 0.0  # what the op with batch norm takes where no fuse convolution follows
+
+
 def normed(step):
     """(x, h, c, weight, bias, norm's weight and bias) -> (ReLU(BN(h')), c'), by the op or by the specification."""
     return lambda *tensors: ops.step_batch_norm_relu(step, tensors[:5], *tensors[5:], 1e-5)[:2]
@@ -238,7 +241,7 @@ def test_batch_norm_in_the_step_of_other_layouts_numbers_and_uses(name):
 @pytest.mark.parametrize('name', NAMES)
 def test_torch_knows_the_op_with_batch_norm(name, state):
     tensors = normed_inputs(name, (2, 16, 3, 5), state)
-    torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, f'{name}_norm').default, (*tensors, 1e-5))
+    torch_library.opcheck(getattr(torch.ops.timm_regnet_rnn, f'{name}_norm').default, (*tensors, 1e-5, *NO_FUSE))
     twins = [None if t is None else t.detach().double().requires_grad_() for t in tensors]
     found = []
     for step, taken in ((normed(getattr(ops, f'{name}_step')), tensors), (specified_norm(name), twins)):
@@ -257,15 +260,15 @@ def test_wrong_shapes_and_types_of_the_op_with_batch_norm_are_refused(name):
     for i in (0, 1, 3, 4, 5, 6):
         for bad in (good[i][..., :1], good[i].double()):
             with torch.no_grad(), pytest.raises(ValueError, match='must be|takes float32'):
-                op(*good[:i], bad, *good[i + 1 :], 1e-5)
+                op(*good[:i], bad, *good[i + 1 :], 1e-5, *NO_FUSE)
         with torch.no_grad(), pytest.raises((ValueError, RuntimeError, NotImplementedError), match='device|meta'):
-            op(*good[:i], good[i].to('meta'), *good[i + 1 :], 1e-5)
-    y, raw, mean, var, *_ = op(*good, 1e-5)
+            op(*good[:i], good[i].to('meta'), *good[i + 1 :], 1e-5, *NO_FUSE)
+    y, raw, mean, var, *_ = op(*good, 1e-5, *NO_FUSE)
     backward, rest = getattr(torch.ops.timm_regnet_rnn, f'{name}_norm_backward'), [raw, mean, var, y]
     for i in range(4):
         for bad in (rest[i][:1], rest[i].double()):
             with pytest.raises(ValueError, match='must be|takes float32'):
-                backward(*good, 1e-5, *rest[:i], bad, *rest[i + 1 :], None)
+                backward(*good, 1e-5, *rest[:i], bad, *rest[i + 1 :], None, None)
 
 
 def normed_fuse(step):
@@ -1154,8 +1157,14 @@ def test_saved_programs_need_no_package_of_ours(tmp_path):
 @needs_compiler
 @pytest.mark.parametrize('name', ['regnet_convlstm_20', 'regnet_convgru_20', 'regnet_convrnn_20'])
 def test_flops_are_counted(name):
-    """torch's own counter finds what `timm-regnet-rnn list` says."""
-    net = timm.create_model(name).eval().to(memory_format=CL)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        net(torch.randn(1, 3, 32, 32).contiguous(memory_format=CL))
-    assert counter.get_total_flops() == 2 * complexity(timm.create_model(name, device='meta').eval())['macs']
+    """torch's own counter finds what `timm-regnet-rnn list` says, and in training twice as much for the gradients."""
+    macs = complexity(timm.create_model(name, device='meta').eval())['macs']
+    for training in (False, True):
+        net = timm.create_model(name).train(training).to(memory_format=CL)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(torch.randn(2, 3, 32, 32).contiguous(memory_format=CL))
+        assert counter.get_total_flops() == 2 * 2 * macs, training
+    with FlopCounterMode(display=False) as counter:
+        net(torch.randn(2, 3, 32, 32).contiguous(memory_format=CL)).sum().backward()
+    images = 16 * 3 * 9 * 32 * 32  # the first convolution, whose input has no gradient
+    assert counter.get_total_flops() == 2 * 2 * (3 * macs - images)

@@ -352,11 +352,11 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
         norm_weight: Tensor,
         norm_bias: Tensor,
         eps: float,
-        main: Optional[Tensor] = None,
-        fuse_weight: Optional[Tensor] = None,
-        fuse_norm_weight: Optional[Tensor] = None,
-        fuse_norm_bias: Optional[Tensor] = None,
-        fuse_eps: float = 0.0,
+        main: Optional[Tensor],
+        fuse_weight: Optional[Tensor],
+        fuse_norm_weight: Optional[Tensor],
+        fuse_norm_bias: Optional[Tensor],
+        fuse_eps: float,
     ) -> List[Tensor]:
         module, tensors = kernels('cpu'), (x, h, c, weight, bias, norm_weight, norm_bias)
         outs = module.forward_norm(cell, tensors, eps)
@@ -379,7 +379,7 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
         var: Tensor,
         dy: Tensor,
         dc_out: Optional[Tensor],
-        more: Optional[Tensor] = None,
+        more: Optional[Tensor],
     ) -> List[Tensor]:
         tensors = x, h, c, weight, bias, norm_weight, norm_bias
         return kernels('cpu').backward_norm(cell, tensors, eps, raw, mean, var, dy, dc_out, more)
@@ -389,7 +389,7 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
     op_backward = library.custom_op(f'{name}_backward', backward, mutates_args=(), device_types='cpu')
 
     @op.register_fake
-    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps, main=None, fuse_weight=None, *fuse_norm):
+    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps, main, fuse_weight, *fuse_norm):
         check_devices(x, h, c, weight, bias, norm_weight, norm_bias, main, fuse_weight, *fuse_norm[:2])
         y, raw, *outs = (kernels('cpu').empty(x) for _ in range(2 + has_c))
         statistics = torch.empty_like(norm_weight), torch.empty_like(norm_weight)
@@ -399,7 +399,7 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
         return outs
 
     @op_backward.register_fake
-    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps, raw, mean, var, dy, dc_out, more=None):
+    def _(x, h, c, weight, bias, norm_weight, norm_bias, eps, raw, mean, var, dy, dc_out, more):
         check_devices(x, h, c, weight, bias, norm_weight, norm_bias, raw, mean, var, dy, dc_out, more)
         dx, *states = (kernels('cpu').empty(t) for t in (x, h, c) if t is not None)
         return [dx, *(torch.empty_like(t) for t in (weight, bias, norm_weight, norm_bias)), *states]
@@ -459,7 +459,7 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
 
     @register_flop_formula(getattr(torch.ops.timm_regnet_rnn, f'{cell}_norm'))
     def _(x, *tensors: Any, **__: Any) -> int:
-        fuses = len(tensors) > 8 and tensors[8] is not None
+        fuses = tensors[8] is not None
         return _flops(GATES[cell], 1, x) + 4 * fuses * x[1] * math.prod(x)
 
     packet = getattr(torch.ops.timm_regnet_rnn, f'{cell}_norm_backward')
@@ -467,8 +467,8 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
 
     def step(x, h, c, weight, bias, norm_weight, norm_bias, eps, main=None, *fuse):
         """h, c', mean and variance; with main and what the op takes after it also features, and mean and variance."""
-        main = None if main is x else main
-        outs = op(x, h, c if has_c else None, weight, bias, norm_weight, norm_bias, eps, main, *fuse)
+        main, after = None if main is x else main, fuse or (None, None, None, 0.0)
+        outs = op(x, h, c if has_c else None, weight, bias, norm_weight, norm_bias, eps, main, *after)
         h_out, _, mean, var = outs[:4]
         found = (h_out, outs[4] if has_c else c, mean, var)
         return found if not fuse else (*found, outs[count], *outs[count + 2 :])
