@@ -992,6 +992,31 @@ def test_double_backward_of_the_weights(cell, training):
 
 
 @needs_compiler
+@pytest.mark.parametrize('name', NAMES)
+def test_a_backward_pass_under_autocast_computes_as_the_forward_pass_did(name):
+    """The op's own gradients, those that are differentiated again, and those that the reference has to make."""
+    tensors = normed_fuse_inputs(name, (2, 16, 3, 5), True, True)
+    given, function = [t for t in tensors if t is not None], normed_fuse(getattr(ops, f'{name}_step'))
+    for scale in (1.0, 1e9):  # beyond what the kernels take
+        for recorded in (False, True):
+            found = []
+            for enabled in (False, True):
+                loss = function(*tensors)[-1].sin().sum() * scale
+                with torch.autocast('cpu', torch.bfloat16, enabled=enabled):
+                    found.append(torch.autograd.grad(loss, given, create_graph=recorded, allow_unused=True))
+            for without, under in zip(*found):
+                assert under is None and without is None or under.dtype == torch.float32
+                if under is not None:
+                    torch.testing.assert_close(under, without, rtol=1e-6, atol=1e-6 * scale)
+    far = [None if t is None else t.detach().clone() for t in tensors]
+    far[7][0, 0, 0, 0] = 1e30
+    with torch.no_grad():
+        want = function(*far)[-1]
+        with torch.autocast('cpu', torch.bfloat16):
+            assert torch.equal(function(*far)[-1], want)
+
+
+@needs_compiler
 def test_vmap_and_per_sample_gradients():
     net, x = net_and_image()
     net.eval()

@@ -540,6 +540,22 @@ def test_accuracy_plot(project):
     assert texts == ['ResNet', 'ConvLSTM', 'SE-ConvLSTM', 'ConvLSTM, other arguments']
 
 
+def test_plots_of_images_held_out(project):
+    """Trials of a recipe have no panel beside comparisons, and no axis says that they are of the test split."""
+    held = dict(dataset='CIFAR-10, JPEG q75 mirror, 5,000 training images held out')
+    trials = [row('cifar_resnet_20', 60.0, run='a', **held)]
+    trials.append(row('cifar_resnet_20', 61.0, run='b', overrides='--lr 0.1', **held))
+    several = [row('regnet_convlstm_20', 62.0, run='c', **held)]
+    for runs, panels, labels in (
+        ([*ALL, *trials], 2, {'top-1 on the test split (%)'}),
+        ([*ALL, *trials, *several], 3, {'top-1 on the test split (%)', 'top-1 (%)'}),
+        (trials, 2, {'top-1 (%)'}),
+    ):
+        figure = Figure()
+        results.draw_accuracy(figure, results.read_runs(project.write(*runs).results), 'params', 1e6, 'parameters')
+        assert len(figure.axes) == panels and {axes.get_ylabel() for axes in figure.axes} == labels
+
+
 def test_learning_curves(project):
     groups = results.read_runs(project.write(*ALL).results)
     figure = Figure(layout='constrained')

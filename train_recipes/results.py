@@ -22,6 +22,7 @@ from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 
+from timm_regnet_rnn.datasets import HELD_OUT
 from timm_regnet_rnn.listing import SIZES, csv_table, list_rows, markdown_tables
 from timm_regnet_rnn.results import (
     EARLY_EXIT,
@@ -84,7 +85,11 @@ def update(page, made):
 
 
 def draw_accuracy(figure, groups, column, scale, unit):
-    """Top-1 against the models' size; one panel per table, one marker per family, hollow with SE."""
+    """Top-1 against the models' size; one panel per table, one marker per family, hollow with SE.
+
+    A recipe's trials, one model on images held out, compare no models: they have no panel beside other tables.
+    """
+    groups = {group: rows for group, rows in groups.items() if len(rows) > 1 or not held_out(group[0])} or groups
     across, handles = min(2, len(groups)), {}
     down = math.ceil(len(groups) / across)
     figure.set_size_inches(5 * across, 3.6 * down + 0.6)
@@ -103,7 +108,7 @@ def draw_accuracy(figure, groups, column, scale, unit):
         for depth, points in tops.items():
             style = dict(textcoords='offset points', ha='center', color='#666666')
             axes.annotate(f'depth {depth}', max(points)[::-1], (0, 9), **style)
-        axes.set(xlabel=unit, ylabel='top-1 on the test split (%)', title=title(group, 60))
+        axes.set(xlabel=unit, ylabel=accuracy(group[0]), title=title(group, 60))
         axes.margins(0.15, 0.2)
     figure.legend(*zip(*(handles[key] for key in sorted(handles))), loc='outside lower center', ncols=2 * across + 1)
 
@@ -111,6 +116,16 @@ def draw_accuracy(figure, groups, column, scale, unit):
 def slug(dataset):
     """A data set's name as part of a file's name."""
     return re.sub(r'\W+', '_', dataset.lower()).strip('_')
+
+
+def held_out(dataset):
+    """Whether a data set has training images held out, which may be what accuracies are of."""
+    return dataset.endswith(HELD_OUT.rpartition('}')[2])
+
+
+def accuracy(dataset):
+    """What an axis with accuracies on a data set is called."""
+    return 'top-1 (%)' if held_out(dataset) else 'top-1 on the test split (%)'
 
 
 def title(group, width):
@@ -142,7 +157,7 @@ def draw_curves(figure, groups, curves):
         strip.suptitle(title(group, 110), fontsize='medium')
         panels = [
             (strip.add_subplot(1, 2, 1), 'train_loss', 'training loss'),
-            (strip.add_subplot(1, 2, 2), 'top1', 'top-1 on the test split (%)'),
+            (strip.add_subplot(1, 2, 2), 'top1', accuracy(group[0])),
         ]
         for label, runs in rows.items():
             for axes, column, _ in panels:

@@ -89,13 +89,15 @@ def through_reference(
     """Gradients of an op's inputs by the reference; they can be differentiated where the inputs can.
 
     Of each input's own use alone: that h came of the same weight, and x of h, is for autograd to follow, not for an op.
+    In the inputs' types, as the op computed: a backward pass may run under autocast where the forward pass did not.
 
     Args:
         function: The op in plain PyTorch, inputs to outputs.
-        tensors: The inputs.
+        tensors: The inputs, of which the first is there.
         grads: Of the outputs, None for zero.
     """
-    with torch.enable_grad():
+    x: Any = tensors[0]
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
         inputs = [t if t is None or not t.requires_grad else t.view_as(t) for t in tensors]
         outs = function(*inputs)
         pairs = [(o, g) for o, g in zip(outs, grads) if o is not None and g is not None and o.requires_grad]
@@ -412,21 +414,8 @@ def _register_normed(cell: str) -> Callable[..., Tuple[Tensor, ...]]:
         h = None if fuse_weight is None else output[0]
         ctx.save_for_backward(*tensors, main, fuse_weight, fuse_norm_weight, fuse_norm_bias, h, *kept)
 
-    def plain(
-        eps,
-        fuse_eps,
-        x,
-        h,
-        c,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        main,
-        fuse_weight,
-        fuse_norm_weight,
-        fuse_norm_bias,
-    ):
+    def plain(eps, fuse_eps, *tensors):
+        x, h, c, weight, bias, norm_weight, norm_bias, main, fuse_weight, fuse_norm_weight, fuse_norm_bias = tensors
         out, state = getattr(reference, f'{cell}_step')(x, h, c, weight, bias)
         out, features = reference.batch_norm_relu(out, norm_weight, norm_bias, eps)[0], None
         if fuse_weight is not None:

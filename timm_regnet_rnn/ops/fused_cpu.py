@@ -444,7 +444,8 @@ def fuse_norm(
     strips = fuse_weight.unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
     arguments = (main, h, strips, weight, bias, y, out, mean, var, _norm_room(h))
     if _call('fuse_norm_forward', h, eps, *arguments) == UNUSUAL:
-        y = _channels_last(reference.fuse(main, h, fuse_weight))
+        with torch.autocast('cpu', enabled=False):
+            y = _channels_last(reference.fuse(main, h, fuse_weight))
         out, mean, var = batch_norm_relu(y, weight, bias, eps)
     return out, y, mean, var
 
@@ -483,6 +484,7 @@ def fuse_norm_backward(
         return dmain, dh, dstrips.transpose(0, 1).reshape(n, 2 * n), dweight, dbias
     dy, dweight, dbias = batch_norm_relu_backward(y, weight, bias, eps, mean, var, dout)
     dy, inputs = (t.permute(0, 2, 3, 1).flatten(0, 2) for t in (dy, torch.cat((main, h), 1)))
-    dmain, dh = (dy @ fuse_weight).unflatten(0, (h.shape[0], *h.shape[2:])).permute(0, 3, 1, 2).split(n, 1)
-    dh = dh if more is None else dh + more
-    return _channels_last(dmain), _channels_last(dh), dy.t() @ inputs, dweight, dbias
+    with torch.autocast('cpu', enabled=False):
+        dmaps, dfuse_weight = dy @ fuse_weight, dy.t() @ inputs
+    dmain, dh = dmaps.unflatten(0, (h.shape[0], *h.shape[2:])).permute(0, 3, 1, 2).split(n, 1)
+    return _channels_last(dmain), _channels_last(dh if more is None else dh + more), dfuse_weight, dweight, dbias
